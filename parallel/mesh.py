@@ -1,0 +1,76 @@
+"""The grid of ranks: data x ring x ulysses, ulysses fastest, so that its ranks are neighbours on the fast wire."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+
+class LayoutName(str, Enum):
+    contiguous = "contiguous"
+    zigzag = "zigzag"
+    striped = "striped"
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    data: int | None = None  # groups that read different samples; what ring and ulysses leave of the ranks
+    ring: int | None = None  # ranks that share a sequence by passing keys on; all ranks that are left
+    ulysses: int = 1  # ranks that share a sequence by trading heads for positions, inside the ring's shards
+    layout: LayoutName = LayoutName.zigzag  # which positions a rank of the ring holds
+
+    def __post_init__(self) -> None:
+        for name in ("data", "ring", "ulysses"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"parallel.{name}={size}: must be at least 1")
+
+    def sizes(self, world: int) -> tuple[int, int, int]:
+        """(data, ring, ulysses) for ``world`` ranks. ValueError: they do not multiply to it."""
+        known = self.ulysses * (self.ring or 1) * (self.data or 1)
+        data, ring = self.data, self.ring
+        if world % known == 0:
+            ring = ring or (world // known)
+            data = data or (world // (self.ulysses * ring))
+        if (data or 1) * (ring or 1) * self.ulysses != world:
+            asked = " x ".join(
+                f"{name}={size}"
+                for name, size in (("data", self.data), ("ring", self.ring), ("ulysses", self.ulysses))
+                if size is not None
+            )
+            raise ValueError(f"parallel: {asked} does not multiply to the {world} processes of this run")
+        assert data is not None
+        assert ring is not None
+        return data, ring, self.ulysses
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the three axes, this rank's place on them, and the groups that share a sequence."""
+
+    data: int
+    ring: int
+    ulysses: int
+    data_rank: int
+    ring_rank: int
+    ulysses_rank: int
+    ring_group: dist.ProcessGroup
+    ulysses_group: dist.ProcessGroup
+
+    @staticmethod
+    def create(data: int, ring: int, ulysses: int, device_type: str = "cpu") -> Mesh:
+        """The mesh over all ranks of the default group. ValueError: sizes that do not multiply to its size."""
+        world = dist.get_world_size()
+        if data * ring * ulysses != world:
+            raise ValueError(f"data={data} x ring={ring} x ulysses={ulysses} does not multiply to {world} ranks")
+        grid = init_device_mesh(device_type, (data, ring, ulysses), mesh_dim_names=("data", "ring", "ulysses"))
+        data_rank, ring_rank, ulysses_rank = (grid.get_local_rank(axis) for axis in ("data", "ring", "ulysses"))
+        groups = grid.get_group("ring"), grid.get_group("ulysses")
+        return Mesh(data, ring, ulysses, data_rank, ring_rank, ulysses_rank, *groups)
+
+    @property
+    def world(self) -> int:
+        return self.data * self.ring * self.ulysses
