@@ -4,18 +4,20 @@ Tiling and the recomputing backward are Dao et al., FlashAttention (arXiv 2205.1
 their log-sum-exp as in Milakov and Gimelshein's online softmax (arXiv 1805.02867).
 """
 
+import functools
 import importlib
-import os
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.spans import Spans
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("hopper", "triton", "torch")  # fastest first: the order in which "auto" tries them
 Mask = Spans | Plan | Sequence[Spans | Plan]
 
 
@@ -45,7 +47,7 @@ def attention(
     check_shapes(q, k, v, plans, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     flat = [tensor for one in plans for tensor in one]
-    out, lse = _attention(q, k, v, sinks, flat, scale, softcap, pick_backend(backend, q))
+    out, lse = _Attention.apply(q, k, v, sinks, flat, scale, softcap, pick_backend(backend, q, k, v))
     return (out, lse) if return_lse else out
 
 
@@ -66,7 +68,7 @@ def attention_forward(
     ``into`` is (out, lse) in the accumulator's dtype (fp32; fp64 for fp64 inputs). Its lse is updated in place; its
     out too when ``out_dtype`` (default q's) is its dtype, else the result is a new tensor of ``out_dtype``.
     """
-    module = _backend(pick_backend(backend, q))
+    module = _backend(pick_backend(backend, q, k, v))
     return module.forward(
         q, k, v, plan, scale=scale, softcap=softcap, into=into, out_dtype=q.dtype if out_dtype is None else out_dtype
     )
@@ -74,14 +76,11 @@ def attention_forward(
 
 def attention_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     """rowsum(dout * out) - dlse, (batch, heads, queries) in the accumulator's dtype: once a layer, not once a block."""
+    if out.device.type == "cuda" and out.dtype != torch.float64 and _has_triton():
+        return importlib.import_module("ringspan.kernels.triton_delta").delta(dout, out, dlse)
     wide = accumulator(out.dtype)
-    delta = torch.empty(out.shape[0], out.shape[2], out.shape[1], dtype=wide, device=out.device)
-    # In slices of the sequence: the products in fp32 are twice the size of out, and need not all exist at once.
-    for part, dout_part, out_part in zip(
-        delta.split(_DELTA_ROWS, dim=2), dout.split(_DELTA_ROWS, dim=1), out.split(_DELTA_ROWS, dim=1), strict=True
-    ):
-        part.copy_((dout_part.to(wide) * out_part.to(wide)).sum(dim=-1).transpose(1, 2))
-    return delta if dlse is None else delta.sub_(dlse)
+    delta = (dout.to(wide) * out.to(wide)).sum(dim=-1).transpose(1, 2).contiguous()
+    return delta if dlse is None else delta - dlse
 
 
 def attention_backward(
@@ -105,7 +104,7 @@ def attention_backward(
     A gradient that is given (accumulator's dtype, contiguous) is added to in place; one that is None comes back
     new, in its input's dtype. dk and dv sum the query heads of their group in a fixed order.
     """
-    module = _backend(pick_backend(backend, q))
+    module = _backend(pick_backend(backend, q, k, v))
     return module.backward(dout, q, k, v, lse, delta, plan, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
 
 
@@ -127,18 +126,20 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(p * delta).sum(dim=(0, 2)).to(sinks.dtype)
 
 
-def pick_backend(name: str, q: Tensor) -> str:
-    """The backend that runs: ``name``, or for "auto" the fastest one that q's device and dtype allow.
+def pick_backend(name: str, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> str:
+    """The backend that runs: ``name``, or for "auto" the fastest one that can run these; k and v default to q's like.
 
-    ValueError: an unknown name, or a backend asked for by name that cannot run q.
+    ValueError: an unknown name, or a backend asked for by name that cannot run them, and why.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BACKENDS)}")
-    refusal = _triton_refusal(q)
-    if name == "triton" and refusal:
-        raise ValueError(f"backend='triton' cannot run here: {refusal}; use backend='torch' or 'auto'")
+    k, v = q if k is None else k, q if v is None else v
     if name == "auto":
-        return "torch" if refusal or q.device.type != "cuda" else "triton"
+        # Triton's interpreter is for tests: slower than plain PyTorch, so never picked without being asked for.
+        tried = BACKENDS if q.device.type == "cuda" else ("torch",)
+        return next(backend for backend in tried if _refusal(backend, q, k, v) is None)
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BACKENDS)}")
+    if refusal := _refusal(name, q, k, v):
+        raise ValueError(f"backend={name!r} cannot run here: {refusal}; use backend='auto'")
     return name
 
 
@@ -163,22 +164,21 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], sinks: 
         raise ValueError(f"sinks {tuple(sinks.shape)}: one logit a head, ({q.shape[2]},)")
 
 
-_DELTA_ROWS = 4096
+def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the backend cannot run these; None if it can."""
+    if name == "torch":
+        return None
+    if not _has_triton():
+        return "triton is not installed"
+    return _backend(name).supports(q, k, v)
 
 
-def _triton_refusal(q: Tensor) -> str | None:
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"dtype {q.dtype} is not bf16, fp16 or fp32"
-    if q.shape[-1] > 256:
-        return f"head dim {q.shape[-1]} is above 256"
-    if q.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(q.device)
-        return None if capability >= (8, 0) else f"compute capability {capability} is below (8, 0)"
-    # Triton fixes its interpreter mode when it is imported, from this variable alone.
-    interpreter = os.environ.get("TRITON_INTERPRET") == "1"
-    return None if q.device.type == "cpu" and interpreter else f"no CUDA device (q is on {q.device})"
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def _backend(name: str) -> ModuleType:
     return importlib.import_module(f"ringspan.kernels.{name}_backend")
 
@@ -188,8 +188,27 @@ def _plans(flat: Sequence[Tensor]) -> list[Plan]:
     return [Plan(*flat[at : at + size]) for at in range(0, len(flat), size)]
 
 
-@torch.library.custom_op("ringspan::attention", mutates_args=())
-def _attention(
+class _Attention(torch.autograd.Function):
+    """Autograd around the two operators: a Function of ours costs a fifth of what torch.library's own does a call."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, plans, *settings):  # type: ignore[no-untyped-def]
+        out, lse = torch.ops.ringspan.attention(q, k, v, sinks, plans, *settings)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *plans)
+        ctx.settings = settings
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+        q, k, v, sinks, out, lse, *plans = ctx.saved_tensors
+        dq, dk, dv, dsinks = torch.ops.ringspan.attention_backward(
+            dout, dlse, q, k, v, sinks, out, lse, plans, *ctx.settings
+        )
+        return dq, dk, dv, None if sinks is None else dsinks, None, *[None] * len(ctx.settings)
+
+
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -210,14 +229,7 @@ def _attention(
     return result
 
 
-@_attention.register_fake
-def _(q, k, v, sinks, plans, scale, softcap, backend):  # type: ignore[no-untyped-def]
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-
-
-@torch.library.custom_op("ringspan::attention_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -248,24 +260,36 @@ def _attention_backward(
     return dq, dk, dv, q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
 
 
-@_attention_backward.register_fake
-def _(dout, dlse, q, k, v, sinks, out, lse, plans, scale, softcap, backend):  # type: ignore[no-untyped-def]
-    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *grads, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+def fake_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of (out, lse), for torch.compile; the ring's are the same."""
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, sinks, plans, ctx.scale, ctx.softcap, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, sinks, *output, *plans)
-    ctx.n_plans = len(plans)
+def fake_backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of (dq, dk, dv, dsinks); dsinks is empty where there are none."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
-def _gradients(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-    q, k, v, sinks, out, lse, *plans = ctx.saved_tensors
-    dq, dk, dv, dsinks = _attention_backward(
-        dout, dlse, q, k, v, sinks, out, lse, plans, ctx.scale, ctx.softcap, ctx.backend
-    )
-    return dq, dk, dv, None if sinks is None else dsinks, [None] * ctx.n_plans, None, None, None
+def define_operator(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
+    """A functional operator of torch.ops.ringspan, which torch.compile and selective checkpointing see as one."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ringspan::{name}", fake, lib=LIBRARY)
 
 
-_attention.register_autograd(_gradients, setup_context=_setup)
+LIBRARY = torch.library.Library("ringspan", "FRAGMENT")
+_SETTINGS = "Tensor[] plans, float scale, float softcap, str backend"
+define_operator(
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor)", _forward, fake_forward
+)
+define_operator(
+    "attention_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, Tensor lse, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake_backward,
+)

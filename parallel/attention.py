@@ -24,10 +24,14 @@ class SequenceAttention:
         self.mesh, self.layout_name = mesh, layout_name
         self.backend, self.transport = backend, pick_transport(transport)
 
-    def picked(self, q: Tensor) -> dict[str, str]:
-        """What runs for a query like ``q``, for the log: backend, transport and layout."""
+    def pick(self, q: Tensor) -> dict[str, str]:
+        """What runs for queries like ``q``, for the log: backend, transport and layout.
+
+        From here on nothing else does: what that backend cannot run is a ValueError, not another backend.
+        """
+        self.backend = pick_backend(self.backend, q)
         return {
-            "backend": pick_backend(self.backend, q),
+            "backend": self.backend,
             "transport": self.transport if self.mesh.ring > 1 else "none",
             "layout": self.layout_name if self.mesh.ring > 1 else "contiguous",
         }

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringspan.kernels.attention import (
     accumulator,
@@ -20,6 +21,9 @@ from ringspan.kernels.attention import (
     attention_delta,
     attention_forward,
     check_shapes,
+    define_operator,
+    fake_backward,
+    fake_forward,
     pick_backend,
     sink_gradient,
     sink_start,
@@ -115,7 +119,7 @@ def ring_attention(
     """
     check_shapes(q, k, v, [], sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = _ring_attention(
+    out, _ = _RingAttention.apply(
         q,
         k,
         v,
@@ -126,7 +130,7 @@ def ring_attention(
         pick_transport(transport),
         scale,
         softcap,
-        pick_backend(backend, q),
+        pick_backend(backend, q, k, v),
     )
     return out
 
@@ -200,8 +204,7 @@ def _room(x: Tensor, keys: slice) -> Tensor:
     return torch.empty((x.shape[0], keys.stop - keys.start, *x.shape[2:]), dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("ringspan::ring_attention", mutates_args=())
-def _ring_attention(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -238,14 +241,7 @@ def _ring_attention(
     return result
 
 
-@_ring_attention.register_fake
-def _(q, k, v, sinks, table, data, group_name, transport, scale, softcap, backend):  # type: ignore[no-untyped-def]
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulator(q.dtype))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
-
-
-@torch.library.custom_op("ringspan::ring_attention_backward", mutates_args=())
-def _ring_attention_backward(
+def _backward(
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -315,21 +311,33 @@ class _Homeward:
         self.finish = finish
 
 
-@_ring_attention_backward.register_fake
-def _(dout, dlse, q, k, v, sinks, out, lse, table, data, group_name, transport, scale, softcap, backend):  # type: ignore[no-untyped-def]
-    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return *grads, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, table, data, *settings):  # type: ignore[no-untyped-def]
+        out, lse = torch.ops.ringspan.ring_attention(q, k, v, sinks, table, data, *settings)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, table, data)
+        ctx.settings = settings
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+        *saved, sinks, out, lse, table, data = ctx.saved_tensors
+        dq, dk, dv, dsinks = torch.ops.ringspan.ring_attention_backward(
+            dout, dlse, *saved, sinks, out, lse, table, data, *ctx.settings
+        )
+        return dq, dk, dv, None if sinks is None else dsinks, None, None, *[None] * len(ctx.settings)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, sinks, table, data, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, sinks, *output, table, data)
-
-
-def _gradients(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-    q, k, v, sinks, out, lse, table, data = ctx.saved_tensors
-    dq, dk, dv, dsinks = _ring_attention_backward(dout, dlse, q, k, v, sinks, out, lse, table, data, *ctx.settings)
-    return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
-
-
-_ring_attention.register_autograd(_gradients, setup_context=_setup)
+_SETTINGS = "Tensor table, Tensor data, str group_name, str transport, float scale, float softcap, str backend"
+define_operator(
+    f"ring_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor)",
+    _forward,
+    fake_forward,
+)
+define_operator(
+    "ring_attention_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
+    f"Tensor lse, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    fake_backward,
+)

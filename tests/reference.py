@@ -21,7 +21,7 @@ def attention_reference(
     """Return (out (B, S, H, D), lse (B, H, S)) in float64; query s sees keys lo[s] <= t < hi[s].
 
     q is (B, S, H, D), k and v are (B, T, K, D), lo and hi (B or 1, S). `sinks` (H,) are logits of one more key per head
-    whose value is zero; `into` is an (out, lse) over other keys to merge with. A row with no key has out 0 and lse -inf.
+    whose value is zero; `into` is an (out, lse) over other keys to merge with. A row with no key has out 0, lse -inf.
     """
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[2] // k.shape[2]
