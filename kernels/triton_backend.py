@@ -1,0 +1,222 @@
+"""Attention over spans in portable Triton: CUDA devices of compute capability 8.0 and newer, and Triton's interpreter.
+
+bf16, fp16 and fp32, head dims up to 256 (padded to a power of two inside the kernels), sums in fp32.
+"""
+
+import os
+from math import e, log2
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import KernelInterface
+
+from ringspan.kernels.plan import TILE, Plan
+from ringspan.kernels.triton_backward import dkdv_kernel, dq_kernel
+from ringspan.kernels.triton_forward import forward_kernel
+
+MAX_HEAD_DIM = 256
+# Keys and values that the heads in flight may hold together. An A100's L2 is 40 MiB, an H100's 50.
+_CACHE_BYTES = 32 * 2**20
+
+
+class Config(NamedTuple):
+    """How a kernel is tiled: BLOCK_M queries against BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By (element bytes, padded head dim). Chosen from ahead-of-time reports: no spills at head dims up to 128, shared memory within an A100's 163 KiB. fp32 products are plain FMAs here, whose operands fill the registers.
+FORWARD = {
+    (2, 32): Config(128, 64, 4, 3),
+    (2, 64): Config(128, 64, 4, 3),
+    (2, 128): Config(128, 64, 8, 3),
+    (2, 256): Config(64, 64, 8, 2),
+    (4, 32): Config(64, 32, 8, 2),
+    (4, 64): Config(64, 32, 8, 2),
+    (4, 128): Config(32, 16, 8, 2),
+    (4, 256): Config(32, 16, 8, 2),
+}
+DQ = {
+    (2, 32): Config(128, 64, 8, 3),
+    (2, 64): Config(128, 64, 8, 3),
+    (2, 128): Config(128, 64, 8, 2),
+    (2, 256): Config(64, 32, 8, 2),
+    (4, 32): Config(64, 32, 8, 2),
+    (4, 64): Config(32, 32, 8, 2),
+    (4, 128): Config(32, 16, 8, 2),
+    (4, 256): Config(16, 16, 8, 2),
+}
+DKDV = {
+    (2, 32): Config(64, 128, 8, 3),
+    (2, 64): Config(64, 128, 8, 3),
+    (2, 128): Config(32, 128, 8, 2),
+    (2, 256): Config(32, 64, 8, 2),
+    (4, 32): Config(32, 32, 8, 2),
+    (4, 64): Config(16, 32, 8, 2),
+    (4, 128): Config(16, 16, 8, 2),
+    (4, 256): Config(16, 16, 8, 1),
+}
+# sm_90 and sm_100 multiply from shared memory, of which they have 227 KiB: larger tiles fit their registers.
+LARGE = (9, 10)
+FORWARD_LARGE = FORWARD | {(2, 256): Config(128, 64, 8, 2)}
+DKDV_LARGE = DKDV | {(2, 128): Config(64, 128, 8, 2)}
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why this backend cannot run q, k and v; None if it can."""
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {q.dtype} is not bf16, fp16 or fp32"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dim {q.shape[-1]} is above {MAX_HEAD_DIM}"
+    if q.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(q.device)
+        return None if capability >= (8, 0) else f"compute capability {capability} is below (8, 0)"
+    # Triton fixes its interpreter mode when it is imported, from this variable alone.
+    interpreter = os.environ.get("TRITON_INTERPRET") == "1"
+    return None if q.device.type == "cpu" and interpreter else f"no CUDA device (q is on {q.device})"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    into: tuple[Tensor, Tensor] | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``attention_forward``, whose contract this is. ValueError: scale below 0."""
+    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    (batch, queries, heads, _), (keys, kv_heads) = q.shape, k.shape[1:3]
+    in_place = into is not None and into[0].dtype == out_dtype
+    before = torch.empty(q.shape, dtype=out_dtype, device=q.device) if into is None else into[0]
+    out = before if into is None or in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    lse = torch.empty(batch, heads, queries, device=q.device) if into is None else into[1]
+    _check(before, lse)
+    config, sizes = _configure(FORWARD_LARGE if _capability(q) in LARGE else FORWARD, q)
+    arguments = (
+        q, k, v, out, lse, before, plan.lo, plan.hi, plan.query_order,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _row_stride(plan.lo), _row_stride(plan.query_order),
+        queries, keys, batch * heads, heads, heads // kv_heads,
+        _chunk(_head_bytes(k), heads // kv_heads, batch * heads), *_coefficients(scale, softcap),
+    )  # fmt: skip
+    constants = {**sizes, "SOFTCAP": bool(softcap), "MERGE": into is not None, "IN_PLACE": in_place}
+    _launch(forward_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of ``attention_backward``, whose contract this is. ValueError: scale below 0."""
+    dout, q, k, v = (_rows_contiguous(x) for x in (dout.to(q.dtype), q, k, v))
+    _check(lse, delta, *(x for x in (dq, dk, dv) if x is not None))
+    given = (dq is not None, dk is not None, dv is not None)
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if gradient is None else gradient
+        for x, gradient in ((q, dq), (k, dk), (v, dv))
+    )
+    (batch, queries, heads, _), (keys, kv_heads) = q.shape, k.shape[1:3]
+    group = heads // kv_heads
+    inputs = (dout, q, k, v, lse, delta)
+    strides = tuple(stride for x in (dout, q, k, v) for stride in x.stride()[:3])
+    coefficients = (*_coefficients(scale, softcap), scale)
+
+    config, sizes = _configure(DQ, q)
+    arguments = (
+        *inputs, dq, plan.lo, plan.hi, plan.query_order, *strides, _row_stride(plan.lo), _row_stride(plan.query_order),
+        queries, keys, batch * heads, heads, group, _chunk(_head_bytes(k), group, batch * heads), *coefficients,
+    )  # fmt: skip
+    constants = {**sizes, "SOFTCAP": bool(softcap), "ACCUMULATE": given[0]}
+    _launch(dq_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
+
+    config, sizes = _configure(DKDV_LARGE if _capability(q) in LARGE else DKDV, q)
+    arguments = (
+        *inputs, dk, dv, plan.query_lo, plan.query_hi, plan.key_order, *strides,
+        _row_stride(plan.query_lo), _row_stride(plan.key_order), queries, keys, batch * kv_heads, kv_heads, group,
+        _chunk(_head_bytes(q) * group, 1, batch * kv_heads), *coefficients,
+    )  # fmt: skip
+    constants = {**sizes, "SOFTCAP": bool(softcap), "ADD_DK": given[1], "ADD_DV": given[2]}
+    _launch(dkdv_kernel, config, batch * kv_heads * _blocks(keys, config.block_n), arguments, constants)
+    return dq, dk, dv
+
+
+def _launch(
+    kernel: KernelInterface[Any], config: Config, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    if programs == 0:
+        return
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+
+
+def _configure(table: dict[tuple[int, int], Config], q: Tensor) -> tuple[Config, dict[str, int]]:
+    head_dim = q.shape[3]
+    assert 1 <= head_dim <= MAX_HEAD_DIM, f"head dim {head_dim}"
+    block_d = max(32, triton.next_power_of_2(head_dim))
+    config = table[q.element_size(), block_d]
+    return config, {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+
+
+def _capability(q: Tensor) -> int:
+    """The major compute capability; 0 in the interpreter."""
+    return torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 0
+
+
+def _blocks(rows: int, block: int) -> int:
+    """Programs for so many rows: whole tiles of the plan's order, each of TILE / block programs."""
+    return triton.cdiv(rows, TILE) * (TILE // block)
+
+
+def _chunk(walked_bytes: int, sharing: int, pairs: int) -> int:
+    """(batch, head) pairs to run side by side: as many as fit the L2 cache with what they walk along.
+
+    `sharing` pairs in a row walk along the same `walked_bytes`.
+    """
+    return max(1, min(pairs, sharing * max(1, _CACHE_BYTES // max(1, walked_bytes))))
+
+
+def _head_bytes(x: Tensor) -> int:
+    """Bytes of one head of one batch row of x and its companion: k and v, or q and dout."""
+    return 2 * x.shape[1] * x.shape[3] * x.element_size()
+
+
+def _coefficients(scale: float, softcap: float) -> tuple[float, float]:
+    """(inner, outer) of the kernels: see triton_tiles."""
+    if scale < 0:
+        raise ValueError(f"scale={scale}: the Triton kernels need scale >= 0; negate q instead")
+    return (scale / softcap, softcap * log2(e)) if softcap else (1.0, scale * log2(e))
+
+
+def _row_stride(plan_rows: Tensor) -> int:
+    """Elements from one batch row of a plan's tensor to the next: 0 where one row serves all."""
+    return 0 if plan_rows.shape[0] == 1 else plan_rows.stride(0)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """x with a last dim of stride 1: a gradient expanded from a scalar has none, and is copied."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _check(*tensors: Tensor) -> None:
+    for x in tensors:
+        assert x.is_contiguous(), f"a tensor of shape {tuple(x.shape)} and strides {x.stride()} is not contiguous"

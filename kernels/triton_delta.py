@@ -1,0 +1,46 @@
+"""delta = rowsum(dout * out) - dlse in one pass: in plain PyTorch its fp32 products would be two copies of out."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 64  # of a program: 16 KiB of each input at head dim 128
+
+
+@triton.jit
+def delta_kernel(
+    dout, out, dlse, delta, stride_db, stride_ds, stride_dh, queries, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta and dlse (B, H, S) fp32; out (B, S, H, D) contiguous, dout with its strides in elements."""
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    inside = (row < queries)[:, None] & (column < HEAD_DIM)[None, :]
+    wide = row.to(tl.int64)[:, None]
+    dout += batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
+    out += (batch.to(tl.int64) * queries * heads + head) * HEAD_DIM
+    x = tl.load(dout + wide * stride_ds + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(out + wide * heads * HEAD_DIM + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(x * y, 1)
+    place = (batch.to(tl.int64) * heads + head) * queries + row
+    if HAS_DLSE:
+        total -= tl.load(dlse + place, mask=row < queries, other=0.0)
+    tl.store(delta + place, total, mask=row < queries)
+
+
+def delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """``attention_delta`` for CUDA tensors of at most 32 bits."""
+    batch, queries, heads, head_dim = out.shape
+    result = torch.empty(batch, heads, queries, device=out.device)
+    if result.numel() == 0:
+        return result
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    with torch.cuda.device_of(out):
+        delta_kernel[(triton.cdiv(queries, ROWS), batch * heads)](
+            dout, out.contiguous(), dlse, result, *dout.stride()[:3], queries, heads,
+            head_dim, triton.next_power_of_2(head_dim), ROWS, dlse is not None,
+        )  # fmt: skip
+    return result

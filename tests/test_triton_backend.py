@@ -1,0 +1,77 @@
+"""The Triton kernels on a CPU, in Triton's interpreter: fp32 and fp16, as bf16 products are wrong there.
+
+Interpreter mode is fixed when triton is imported, so the cases run in a process of their own.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import triton
+import triton_cases
+from triton_cases import Case
+
+from ringspan.kernels import triton_backend
+from ringspan.kernels.plan import plan
+from ringspan.kernels.spans import Spans
+
+HALF = torch.float16
+CASES = {
+    "random": Case(queries=131, keys=97),
+    "batch": Case(batch=2, queries=70, keys=150, heads=1, seed=1),
+    "causal": Case("causal", queries=200, keys=200, heads=1),
+    "grouped": Case("causal", HALF, queries=67, keys=67, heads=4, kv_heads=2),
+    "packed": Case("packed", queries=257, keys=257, heads=1, head_dim=16),
+    "window": Case("window", HALF, queries=129, keys=140, heads=1, head_dim=64),
+    "full": Case("full", queries=37, keys=150, heads=1, head_dim=80),
+    "softcap": Case("causal", queries=65, keys=65, softcap=5.0),
+    "ring step": Case(into=True, queries=150, keys=130, heads=1, seed=1),
+    "last ring step": Case("window", HALF, into=True, queries=66, keys=90, seed=2),
+    "softcapped ring step": Case(into=True, queries=50, keys=60, softcap=20.0, seed=3),
+    "fused projection": Case(fused=True, dtype=HALF, batch=2, queries=50, keys=50, kv_heads=2),
+    "one query, one key": Case("causal", queries=1, keys=1),
+    "no key is seen": Case("none", queries=3, keys=5, into=True),
+    "no keys": Case("none", queries=3, keys=0),
+    "no queries": Case("none", queries=0, keys=3),
+}
+
+
+def _version(module: ModuleType) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """`interpreted(fn, *args)` runs fn(*args) where Triton interprets."""
+    if _version(triton) < (3, 7) and _version(numpy) >= (2, 5):
+        pytest.skip(f"the interpreter of triton {triton.__version__} fails in loops with numpy {numpy.__version__}")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(os.getpid).result()  # starts the process, which keeps the variable
+        yield lambda fn, *args: pool.submit(fn, *args).result(timeout=240)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(interpreted, name):  # type: ignore[no-untyped-def]
+    interpreted(triton_cases.check, CASES[name], "cpu", 64)
+
+
+def test_tiles_smaller_than_the_plans(interpreted):  # type: ignore[no-untyped-def]
+    """The blocks that ship, here eight to a tile of the work order."""
+    interpreted(triton_cases.check, Case("random", queries=70, keys=40, heads=1, head_dim=200), "cpu")
+
+
+def test_negative_scale_is_refused():  # type: ignore[no-untyped-def]
+    q = torch.zeros(1, 4, 1, 32)
+    with pytest.raises(ValueError, match=r"scale=-1.0.*negate q"):
+        triton_backend.forward(
+            q, q, q, plan(Spans.causal(4), 4), scale=-1.0, softcap=0.0, into=None, out_dtype=torch.float32
+        )
