@@ -1,0 +1,236 @@
+"""Attention over spans on Hopper GPUs (compute capability 9.0): bf16 and fp16, head dims 64 and 128, sums in fp32.
+
+The kernels move every tensor by TMA (4-D descriptors), which needs strides that are multiples of 16 bytes: tensors
+made by PyTorch and views of a fused q, k, v projection have them. `supports` says what does not fit.
+"""
+
+from math import e, log2
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import KernelInterface
+
+from ringspan.kernels.hopper_backward import backward_kernel, statistics_kernel
+from ringspan.kernels.hopper_forward import forward_kernel
+from ringspan.kernels.plan import TILE, Plan
+
+# Keys and values, or queries and their gradients, that the heads in flight may hold together: of an H100's 50 MiB of L2
+_CACHE_BYTES = 32 * 2**20
+_SWIZZLED = {bits: NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4) for bits in (16, 32)}
+
+
+class ForwardConfig(NamedTuple):
+    """`consumers` warpgroups of 64 queries each, at `registers` a thread, and `stages` tiles of `block_n` keys."""
+
+    consumers: int
+    block_n: int
+    stages: int
+    registers: int
+    turns: bool  # consumers take turns at the tensor cores
+    peel: bool  # masked tiles have their own loops; else the mask is tested in one
+
+
+class BackwardConfig(NamedTuple):
+    """Tiles of `block_m` queries, `stages` of them in flight, past one of `block_n` keys."""
+
+    block_m: int
+    block_n: int
+    stages: int
+
+
+# By head dim. All compile to zero spills and asynchronous matrix products (tests/test_hopper_ahead_of_time.py); of
+# those, the fastest that were tried on an H100.
+FORWARD = {
+    64: ForwardConfig(consumers=3, block_n=128, stages=3, registers=160, turns=False, peel=True),
+    128: ForwardConfig(consumers=2, block_n=128, stages=2, registers=240, turns=True, peel=False),
+}
+BACKWARD = {64: BackwardConfig(64, 128, 2), 128: BackwardConfig(64, 128, 2)}
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why this backend cannot run q, k and v; None if it can."""
+    if q.device.type != "cuda":
+        return f"no CUDA device (q is on {q.device})"
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability != (9, 0):
+        return f"compute capability {capability} is not (9, 0)"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype} is not bf16 or fp16"
+    if q.shape[-1] not in FORWARD:
+        return f"head dim {q.shape[-1]} is not one of {', '.join(map(str, FORWARD))}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _fits_tma(x):
+            return f"{name} has strides {x.stride()} and offset {x.storage_offset()}, not multiples of 16 bytes"
+    return None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    into: tuple[Tensor, Tensor] | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``attention_forward``, whose contract this is. ValueError: scale below 0."""
+    batch, queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    old = None if into is None else into[0]
+    in_place = old is not None and old.dtype == out_dtype
+    out = old if old is not None and in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    lse = torch.empty(batch, heads, queries, device=q.device) if into is None else into[1]
+    _check_statistic(lse)
+    if keys == 0 and old is None:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if keys == 0 or q.numel() == 0:
+        return (out if old is None or in_place else out.copy_(old)), lse
+    config = FORWARD[dim]
+    block_m = 64 * config.consumers
+    score_scale, bend = _coefficients(scale, softcap)
+    _launch(
+        forward_kernel,
+        batch * heads * triton.cdiv(queries, block_m),
+        (
+            _rows(q, 64), _rows(k, config.block_n), _rows(v, config.block_n), _rows(out, 64),
+            _rows(out if old is None else old, 64), lse, plan.lo, plan.hi, plan.query_order,
+            _row_stride(plan.lo), _row_stride(plan.query_order), queries, keys, heads, heads // kv_heads,
+            batch * heads, _section(4 * keys * dim, heads // kv_heads, batch * heads), score_scale, bend,
+        ),
+        {
+            "NC": config.consumers, "BN": config.block_n, "D": dim, "STAGES": config.stages, "TURNS": config.turns,
+            "PEEL": config.peel, "MERGE": into is not None, "SOFTCAP": bool(softcap), "ORDERED": block_m == TILE,
+            "REGISTERS": config.registers,
+        },
+        num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of ``attention_backward``, whose contract this is. ValueError: scale below 0."""
+    empty = q.numel() == 0 or k.numel() == 0
+    wanted = [(q, dq), (k, dk), (v, dv)]
+    # dq is a sum over tiles of keys. dk and dv are written once: only if one of them is given are both added to.
+    adds = [True, dk is not None or dv is not None or empty, dk is not None or dv is not None or empty]
+    sums = [
+        given if given is not None
+        else torch.zeros(x.shape, dtype=torch.float32, device=x.device) if add
+        else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for (x, given), add in zip(wanted, adds, strict=True)
+    ]  # fmt: skip
+    if not empty:
+        dout = dout.to(q.dtype)
+        dout = dout if _fits_tma(dout) else dout.contiguous()
+        _backward(dout, q, k, v, lse, delta, plan, scale, softcap, *sums)
+    dq, dk, dv = (total.to(x.dtype) if given is None else total for total, (x, given) in zip(sums, wanted, strict=True))
+    return dq, dk, dv
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, scale: float,
+    softcap: float, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    batch, queries, heads, dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    config = BACKWARD[dim]
+    assert config.block_n == TILE, "key tiles run in the plan's order"
+    _check_statistic(lse)
+    _check_statistic(delta)
+    # Fused scale: ds is rounded to 16 bits, and fp16 keeps more of it before the scale than after
+    fold = q.dtype == torch.bfloat16
+    padded = triton.cdiv(queries, TILE) * TILE
+    assert 2 * batch * heads * padded < 2**31, f"{batch} x {heads} heads x {queries} queries: TMA counts in int32"
+    statistics = torch.empty(2, batch * heads, padded, device=q.device)
+    with torch.cuda.device_of(q):
+        statistics_kernel[(batch * heads, triton.cdiv(padded, 1024))](
+            lse, delta, statistics, queries, padded, scale if fold else 1.0, BLOCK=1024
+        )
+    flat = TensorDescriptor(
+        statistics, [statistics.numel()], [1], [config.block_m], NVMMASharedLayout(0, element_bitwidth=32, rank=1)
+    )
+    score_scale, bend = _coefficients(scale, softcap)
+    _launch(
+        backward_kernel,
+        batch * kv_heads * triton.cdiv(keys, config.block_n),
+        (
+            _rows(q, config.block_m), _rows(dout, config.block_m), _rows(k, config.block_n), _rows(v, config.block_n),
+            flat, _rows(dq, config.block_m), _rows(dk, config.block_n), _rows(dv, config.block_n),
+            plan.query_lo, plan.query_hi, plan.key_order, _row_stride(plan.query_lo), _row_stride(plan.key_order),
+            queries, keys, kv_heads, group, batch * kv_heads, _section(8 * queries * dim * group, 1, batch * kv_heads),
+            padded, score_scale, bend, scale,
+        ),
+        {
+            "BM": config.block_m, "BN": config.block_n, "D": dim, "STAGES": config.stages,
+            "SOFTCAP": bool(softcap), "FOLD": fold,
+        },
+        num_warps=8,
+    )  # fmt: skip
+
+
+def _launch(
+    kernel: KernelInterface[Any], programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int
+) -> None:
+    with torch.cuda.device_of(arguments[0].base):
+        # Triton 3.10 changes the default of enable_fp_fusion, and score * scale - max must stay one instruction.
+        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def _rows(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of so many rows of one head of x (batch, length, heads, dim): zeros past the end of a sequence."""
+    assert _fits_tma(x), f"strides {x.stride()}, offset {x.storage_offset()}"
+    # The stride of a dim of size 1 is never used, but checked: PyTorch puts anything there.
+    strides = [x.shape[3] if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    block = [1, rows, 1, x.shape[3]]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, _SWIZZLED[8 * x.element_size()])
+
+
+def _fits_tma(x: Tensor) -> bool:
+    """Strides and address are multiples of 16 bytes, the last dim is contiguous, and nothing is expanded."""
+    size = x.element_size()
+    steps = [stride * size for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    return x.stride(-1) == 1 and all(step and step % 16 == 0 for step in steps) and x.storage_offset() * size % 16 == 0
+
+
+def _check_statistic(x: Tensor) -> None:
+    assert x.dtype == torch.float32, f"lse and delta are fp32, not {x.dtype}"
+    assert x.is_contiguous(), f"lse and delta are contiguous (batch, heads, queries), not of strides {x.stride()}"
+
+
+def _coefficients(scale: float, softcap: float) -> tuple[float, float]:
+    """(score_scale, bend) of the kernels. Above 0, as a masked score of -inf times it must stay -inf."""
+    if scale < 0:
+        raise ValueError(f"scale={scale}: the Hopper kernels need scale >= 0; negate q instead")
+    per_score = softcap if softcap else scale
+    return max(per_score * log2(e), 1e-30), 2 * scale * log2(e) / softcap if softcap else 0.0
+
+
+def _section(head_bytes: int, sharing: int, heads: int) -> int:
+    """Heads to work on at a time, `sharing` of which read the same `head_bytes`: as many as fit the L2 cache."""
+    return min(heads, sharing * max(1, _CACHE_BYTES // head_bytes))
+
+
+def _row_stride(plan_rows: Tensor) -> int:
+    """Elements from one batch row of a plan's tensor to the next: 0 where one row serves all."""
+    return 0 if plan_rows.shape[0] == 1 else plan_rows.stride(0)
