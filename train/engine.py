@@ -1,0 +1,155 @@
+"""DeepSpeed's engine: parameters, optimizer state, gradients and ZeRO over all ranks together.
+
+DeepSpeed is told nothing of sequence parallelism: every documented way of telling it scales gradients wrongly at some
+ZeRO stage, or lets ranks drift apart. To it all ranks are data-parallel ranks whose gradients it averages, and a sum of
+token losses times world / label tokens of the step makes that average the exact gradient at every stage.
+"""
+
+import importlib
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ringspan.train.optim import OptimConfig, adamw
+
+TAG = "engine"  # DeepSpeed's own folder inside a checkpoint
+
+
+class Dtype(str, Enum):
+    auto = "auto"  # bf16 on CUDA, fp32 on a CPU
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    zero: int = 1  # DeepSpeed's stage: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters too
+    dtype: Dtype = Dtype.auto  # of parameters and activations; the optimizer's copy is always fp32
+    clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
+
+    def __post_init__(self) -> None:
+        if self.zero not in range(4):
+            raise ValueError(f"engine.zero={self.zero}: must be 0, 1, 2 or 3")
+        if self.clip < 0:
+            raise ValueError(f"engine.clip={self.clip}: must be 0 (no clipping) or more")
+        self.resolve("cpu")
+
+    def resolve(self, device_type: str) -> torch.dtype:
+        """The dtype of this run. ValueError: ZeRO 0 in bf16, whose first update DeepSpeed 0.19 gets wrong."""
+        bf16 = self.dtype is Dtype.bf16 or (self.dtype is Dtype.auto and device_type == "cuda")
+        if bf16 and self.zero == 0:
+            # Its optimizer steps once on zero gradients, so Adam's bias correction is one step ahead ever after.
+            raise ValueError("engine.zero=0 with bf16 is wrong in DeepSpeed: use engine.zero=1, or engine.dtype=fp32")
+        return torch.bfloat16 if bf16 else torch.float32
+
+
+class Engine:
+    """A model in training. ``build`` makes the model: ``build(device, dtype)``, under ZeRO-3 already sharded."""
+
+    def __init__(
+        self,
+        build: Callable[[torch.device, torch.dtype], nn.Module],
+        config: EngineConfig,
+        optim: OptimConfig,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
+        self.world, self.zero, self.clip = dist.get_world_size(), config.zero, config.clip
+        self.dtype = config.resolve(device.type)
+        settings = deepspeed_settings(config, self.dtype, accumulation)
+        deepspeed = import_deepspeed(device)
+        # No dtype here: given one, DeepSpeed makes every parameter bf16 on a device without fp16, whatever it says.
+        with deepspeed.zero.Init(config_dict_or_path=settings, tensor_overrides=(), enabled=config.zero == 3):
+            model = build(device, self.dtype)
+        shapes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]  # ZeRO-3 hides the real one there
+        self.parameters = sum(shape.numel() for shape in shapes)
+        # ZeRO-3 keeps parameters up to this size whole: the norms, which it would not pay to gather.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = max(
+            shape.numel() for shape in shapes if len(shape) < 2
+        )
+        optimizer = adamw(model.parameters(), optim, device)
+        self.deepspeed: Any = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )[0]
+
+    def loss_sum(self, *inputs: Any) -> Tensor:
+        """Forward: this rank's sum of token losses."""
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss_sum: Tensor, step_tokens: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss_sum / step_tokens`` over all ranks; ``last`` is the step's last micro-batch.
+
+        ``step_tokens`` is the label tokens of all ranks and micro-batches of the step, a scalar on the device.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        # DeepSpeed divides the sum over ranks by world: times world, and it is the sum again.
+        self.deepspeed.backward(loss_sum * (self.world / step_tokens), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip and update; the norm of the whole gradient before clipping. Where it is not finite, nothing changes."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if self.zero == 0:  # DeepSpeed knows no norm here, and would apply one that is not finite
+            norm = float(self._norm())
+            if math.isfinite(norm):
+                self.deepspeed.step()
+            return norm
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else math.nan
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its part into ``folder``; together."""
+        self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """What ``save`` wrote, on as many ranks at the same stage."""
+        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
+        assert loaded, folder
+
+    def _norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters()])
+
+
+def deepspeed_settings(config: EngineConfig, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
+    return {
+        # Rows of a micro-batch are ours to count: to DeepSpeed, sequence shards would be samples.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip,  # its own default is 1
+        "communication_data_type": "fp32",  # sums of bf16 gradients over many ranks lose digits
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "zero_optimization": {
+            "stage": config.zero,
+            "memory_efficient_linear": False,  # would replace torch's linear for the whole process; ours needs no help
+        },
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own are compiled on first use
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed for this device, compiling nothing.
+
+    It picks its accelerator once, when it is imported, and would take CUDA wherever there is a GPU: where the process
+    group is gloo's, the one way to tell it is this variable.
+    """
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # torch 2.13 renames these two, once a call, hundreds of times; the new names are not there in 2.11.
+    message = r".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated"
+    warnings.filterwarnings("ignore", message, category=FutureWarning)
+    deepspeed = importlib.import_module("deepspeed")
+    # On a CPU DeepSpeed would build a C++ all-reduce for inference with g++, for a minute, and never use it here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

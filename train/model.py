@@ -1,0 +1,285 @@
+"""The GPT: pre-norm blocks of grouped-query attention with rotary positions and SwiGLU.
+
+Attention itself is a callable the model is given: it sees local shards of queries, keys and values, and a plan that
+says what they may attend to. So the same model runs on one device and on any mesh.
+
+Shapes: B rows, S tokens of this rank, H query heads, K key-value heads, D head dim.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ringspan.train.loss import cross_entropy_sum
+
+HEAD_STD = 0.02  # first logits are near 0, so the first loss is near ln(vocabulary); a tied embedding has it too
+# Of what the first norm makes of it anyway: 80 steps of the tiny model end 0.2 nats lower than with 0.02
+EMBEDDING_STD = 1.0
+
+# (q (B,S,H,D), k (B,S,K,D), v, ring_plan) -> (B,S,H,D)
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+
+
+class Activations(str, Enum):
+    """What a layer keeps from forward for backward."""
+
+    keep = "keep"  # everything
+    recompute = "recompute"  # its input; forward runs again in backward, ring included
+    recompute_keep_attention = "recompute_keep_attention"  # its input and attention's (out, lse): no ring runs twice
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    dim: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2  # key-value heads, each shared by n_heads / n_kv_heads query heads
+    head_dim: int = 64
+    mlp_dim: int = 704  # width of SwiGLU's gate and of its value
+    rope_base: float = 500_000.0  # wavelengths of the rotary positions go from 2 pi to 2 pi times this, in tokens
+    qk_norm: bool = True  # RMSNorm of every query and key before they are rotated
+    tie_embeddings: bool = False  # the head's matrix is the embedding
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be 1 or more")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.head_dim={self.head_dim}: rotary positions turn pairs, so it must be even; "
+                f"the nearest is {self.head_dim + 1}"
+            )
+        if self.n_heads % self.n_kv_heads:
+            divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.n_kv_heads))
+            raise ValueError(
+                f"model.n_kv_heads={self.n_kv_heads}: must divide model.n_heads={self.n_heads}; "
+                f"the nearest is {nearest}"
+            )
+        if self.rope_base <= 1:
+            raise ValueError(f"model.rope_base={self.rope_base}: must be above 1; 10000 to 500000 are usual")
+        if self.norm_eps <= 0:
+            raise ValueError(f"model.norm_eps={self.norm_eps}: must be above 0; 1e-5 is usual")
+
+    def matmul_parameters(self, vocab_size: int) -> int:
+        """Parameters in matrix products, the head's included; looking up an embedding multiplies nothing."""
+        heads = (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim  # query, key, value and output projections
+        return self.n_layers * self.dim * (heads + 3 * self.mlp_dim) + vocab_size * self.dim
+
+
+class Weights:
+    """Draws a model's matrices: from a seed alone, so every rank of every mesh starts from the same numbers.
+
+    Values are drawn in fp32 on ``device`` (they depend on its type, as torch's generators do) and rounded once.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.device, self.dtype = device, dtype
+
+    def normal(self, rows: int, columns: int, std: float) -> nn.Parameter:
+        drawn = torch.normal(0.0, std, (rows, columns), generator=self.generator, device=self.device)
+        return nn.Parameter(drawn.to(self.dtype))
+
+    def ones(self, n: int) -> nn.Parameter:
+        return nn.Parameter(torch.ones(n, device=self.device, dtype=self.dtype))
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467), computed in fp32."""
+
+    def __init__(self, n: int, eps: float, weights: Weights) -> None:
+        super().__init__()
+        self.weight, self.eps = weights.ones(n), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """x weight^T, weight (n_out, n_in)."""
+
+    def __init__(self, n_in: int, n_out: int, weights: Weights, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weights.normal(n_out, n_in, scale * n_in**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight)
+
+
+class _Product(torch.autograd.Function):
+    """F.linear that saves the parameter itself. F.linear saves a view of it, which under ZeRO-3 keeps every
+    gathered weight alive until backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return dy @ weight, dy.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
+        self.qkv = Linear(config.dim, sum(self.heads) * config.head_dim, weights)
+        self.out = Linear(config.n_heads * config.head_dim, config.dim, weights, scale=residual_scale(config))
+        self.q_norm: nn.Module = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else nn.Identity()
+        self.k_norm: nn.Module = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q_BSHD, k_BSKD, v_BSKD = qkv.split(self.heads, dim=2)
+        q_BSHD = rotate(self.q_norm(q_BSHD), cos, sin)
+        k_BSKD = rotate(self.k_norm(k_BSKD), cos, sin)
+        return self.out(attend(q_BSHD, k_BSKD, v_BSKD).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Shazeer, arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.gate_and_value = Linear(config.dim, 2 * config.mlp_dim, weights)
+        self.out = Linear(config.mlp_dim, config.dim, weights, scale=residual_scale(config))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config.dim, config.norm_eps, weights)
+        self.attention = Attention(config, weights)
+        self.mlp_norm = Norm(config.dim, config.norm_eps, weights)
+        self.mlp = SwiGLU(config, weights)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, dim: int, weights: Weights, std: float) -> None:
+        super().__init__()
+        self.weight = weights.normal(vocab_size, dim, std)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Head(nn.Module):
+    """Vocabulary projection and loss in one. It owns its weight, or shares the embedding's."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy_sum(hidden, self.weight, labels)
+
+
+class GPT(nn.Module):
+    """A GPT that returns its loss.
+
+    ``attend`` is attention over local shards; ``activations`` says what a layer keeps for backward. Parameters are
+    made on ``device`` in ``dtype``, the same for the same ``seed`` on every rank; under ``deepspeed.zero.Init`` each
+    is sharded as soon as it is drawn, so that no device ever holds the whole model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        attend: Attend,
+        activations: Activations = Activations.keep,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        weights = Weights(seed, device, dtype)
+        self.config, self.attend = config, attend
+        self.run_layer = layer_runner(activations)
+        tied = config.tie_embeddings
+        self.embedding = Embedding(vocab_size, config.dim, weights, HEAD_STD if tied else EMBEDDING_STD)
+        self.layers = nn.ModuleList(Layer(config, weights) for _ in range(config.n_layers))
+        self.norm = Norm(config.dim, config.norm_eps, weights)
+        self.head = Head(self.embedding.weight if tied else weights.normal(vocab_size, config.dim, HEAD_STD))
+
+    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Any) -> Tensor:
+        """Sum of this rank's token losses, an fp32 scalar (fp64 for an fp64 model).
+
+        tokens, labels and positions are int64 (B, S): this rank's shard. Labels are already shifted, -100 where a
+        token carries no loss; positions restart with each document. ``ring_plan`` is what ``attend`` needs.
+        """
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.attend(q, k, v, ring_plan)
+
+        x = self.embedding(tokens)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        for layer in self.layers:
+            x = self.run_layer(layer, x, cos, sin, attend)
+        return self.head(self.norm(x), labels)
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """So that the sum of all branches starts with the variance of one, whatever the depth (GPT-2)."""
+    return (2 * config.n_layers) ** -0.5
+
+
+def rotary(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (B, S, 1, head_dim / 2) in fp32, or fp64 for an fp64 model; shared by all layers.
+
+    Su et al., RoFormer (arXiv 2104.09864), in the half-split form.
+    """
+    # Angles in fp64: at a million tokens an angle in fp32 is off by up to 0.06 rad.
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
+    angles = (positions[..., None].double() * frequencies)[:, :, None]
+    wide = torch.promote_types(dtype, torch.float32)
+    return angles.cos().to(wide), angles.sin().to(wide)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, S, heads, D) turned by its position's angles, in fp32, back in its dtype."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def layer_runner(activations: Activations) -> Callable[..., Tensor]:
+    """How to call a layer, ``run(layer, *inputs)``, so that it keeps what ``activations`` says."""
+    if activations is Activations.keep:
+        return lambda layer, *inputs: layer(*inputs)
+    # Nothing in a layer is random, so no random state need be kept.
+    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if activations is Activations.recompute:
+        return run
+    return functools.partial(run, context_fn=functools.partial(create_selective_checkpoint_contexts, keep_attention))
+
+
+ATTENTION_OPERATORS = ("ringspan::ring_attention", "ringspan::attention")
+
+
+def keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of a selective checkpoint that keeps attention's (out, lse) and computes the rest again."""
+    kept = operator.name() in ATTENTION_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
