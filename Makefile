@@ -1,0 +1,47 @@
+# make train    train a small GPT on real text, on a ring of CPU processes or on the GPUs that are here
+# make test     run the whole test suite
+# make check    lint, formatting, types
+#
+# Each sets up .venv first, once. ARGS adds arguments: make train ARGS="steps=20", make test ARGS="-k ring".
+# make test VENV= PYTHON=python3 takes an environment that has everything already, and installs nothing.
+
+VENV ?= .venv
+SUPPORTED := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+
+ifeq ($(strip $(VENV)),)
+PYTHON ?= python3
+PY := $(PYTHON)
+READY :=
+export PYTHONPATH := $(CURDIR)/.types$(if $(PYTHONPATH),:$(PYTHONPATH))
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+
+.PHONY: train test check
+train: $(READY)
+	$(PY) launch/train.py experiment=laptop $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+check: $(READY)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+# torch and its triton come first: then nothing that follows can ask for another build of them.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@set -e; \
+	for python in $(PYTHON) python3 python3.12 python3.13 python3.11; do \
+	    if "$$python" -c "$(SUPPORTED)" 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	    echo "Ringspan needs Python 3.11, 3.12 or 3.13 with its venv module; none was found. Name one: make PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$found; this takes a few minutes, once."; \
+	"$$found" -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch triton
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@

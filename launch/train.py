@@ -1,0 +1,173 @@
+"""Train a model.
+
+torchrun --nproc_per_node=4 launch/train.py seq_len=65536    torchrun starts the workers
+python launch/train.py seq_len=65536                         one process
+python launch/train.py nproc=4 seq_len=65536                 starts 4 workers itself
+python launch/train.py -m nproc=4 seq_len=16384,32768        a sweep: 4 fresh workers per job
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from ringspan.parallel.workers import (
+    Place,
+    check_devices,
+    count_workers,
+    first_to_tell,
+    gpus,
+    hand_over,
+    launch,
+    process_group,
+    receive,
+    tell,
+    torchrun_place,
+    under_torchrun,
+)
+from ringspan.train.config import TrainConfig, check, explain, typed
+from ringspan.train.loop import train
+
+Task = Callable[[TrainConfig, str], object]
+
+
+def main() -> int:
+    if not under_torchrun():
+        return with_hydra(run)
+    place = torchrun_place()
+    if place.rank == 0:
+        return lead(place)
+    job = receive(place.store)
+    return work(place, *job) if job else 0
+
+
+def run(config: TrainConfig, run_dir: str) -> float:
+    """Here, if one process will do; else on fresh workers, so that nothing leaks from job to job."""
+    nproc = count_workers(config.nproc)
+    check_machine(config, nproc, nproc)
+    if nproc < gpus():
+        print(f"nproc={nproc} leaves {gpus() - nproc} of {gpus()} GPUs idle; nproc=0 takes all", file=sys.stderr)
+    if nproc > 1 or is_sweep():
+        return launch(train, config, run_dir, nproc=nproc)
+    with process_group():
+        return train(config, run_dir)
+
+
+def lead(place: Place) -> int:
+    """Rank 0 under torchrun reads the configuration, for all: one run folder, one message about a mistake."""
+    handed_over = False
+
+    def give(job: tuple[TrainConfig, str] | None) -> None:
+        nonlocal handed_over
+        if not handed_over:
+            hand_over(place.store, job)
+        handed_over = True
+
+    def on_job(config: TrainConfig, run_dir: str) -> object:
+        local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        if is_sweep():  # every job needs fresh processes, which this one starts; the others may go home
+            if place.world > local_world:
+                sys.exit("A sweep under torchrun runs on one node: start it on each node, or without torchrun.")
+            give(None)
+            config.nproc = local_world
+            return run(config, run_dir)
+        check_machine(config, place.world, local_world)
+        give((config, run_dir))
+        if code := work(place, config, run_dir):
+            sys.exit(code)
+        return None
+
+    try:
+        return with_hydra(on_job)
+    finally:
+        give(None)  # --help, --cfg or a mistake: there is no job
+
+
+def work(place: Place, config: TrainConfig, run_dir: str) -> int:
+    """A worker under torchrun. Of all that fail, the first alone says why."""
+    try:
+        with process_group(place):
+            train(config, run_dir)
+        return 0
+    except Exception as error:
+        if first_to_tell(place.store):
+            say(tell(error))
+        return 1
+
+
+def check_machine(config: TrainConfig, world: int, local_world: int) -> None:
+    check_devices(local_world)
+    check(config, world, "cuda" if gpus() else "cpu")
+
+
+def is_sweep() -> bool:
+    return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def with_hydra(task: Task) -> int:
+    """Call ``task(config, run_dir)`` for the command line: once, or for each job of a sweep. Returns the exit code."""
+    failed: list[str] = []
+
+    @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+    def on_job(cfg: DictConfig) -> object:
+        try:
+            return task(*settled(cfg))
+        except Exception as error:
+            if is_sweep():
+                failed.append(job_name())
+                say(f"job {job_name()} failed: {tell(error)}")
+                raise  # for Hydra, which goes on with the next job, and for sweepers that learn from results
+            say(tell(error))
+        forget_if_empty(Path(HydraConfig.get().runtime.output_dir))
+        sys.exit(1)
+
+    # Hydra then raises what it would print, over several lines and with a hint at this very variable
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        on_job()
+    except (HydraException, OmegaConfBaseException) as error:
+        say(explain(error))
+        return 1
+    except Exception:
+        if not failed:
+            raise
+        say(f"failed, {len(failed)} of the sweep: {', '.join(failed)}")
+        return 1
+    return 0
+
+
+def settled(cfg: DictConfig) -> tuple[TrainConfig, str]:
+    """The checked configuration of a job, and its folder."""
+    config, run_dir = typed(cfg), HydraConfig.get().runtime.output_dir
+    config.run_dir = run_dir
+    if is_sweep():
+        config.logger.group = config.logger.group or Path(HydraConfig.get().sweep.dir).name
+        config.name = f"{config.name}-{HydraConfig.get().job.num}"
+    return config, run_dir
+
+
+def job_name() -> str:
+    job = HydraConfig.get().job
+    return f"{job.num} ({job.override_dirname})"
+
+
+def forget_if_empty(run_dir: Path) -> None:
+    """A run that never started leaves no folder: there is only Hydra's copy of the command in it."""
+    if [path.name for path in run_dir.iterdir()] == [".hydra"]:
+        shutil.rmtree(run_dir)
+
+
+def say(text: str) -> None:
+    print(f"train.py: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

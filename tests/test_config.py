@@ -1,0 +1,166 @@
+"""Every file under conf/ composes, says what the dataclasses say, and every mistake is one line with a way out."""
+
+import runpy
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ringspan.parallel import workers
+from ringspan.train.config import TrainConfig, check, field_names, typed
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
+PARTS = {one.name: one.type for one in fields(TrainConfig) if isinstance(one.type, type) and is_dataclass(one.type)}
+
+
+def composed(*overrides: str) -> TrainConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(compose("train", overrides=list(overrides)))
+
+
+def test_there_is_a_folder_for_every_part():
+    assert set(GROUPS) == {*PARTS, "experiment", "hydra"}
+
+
+@pytest.mark.parametrize("option", [f"{group}={file}" for group in (*PARTS, "experiment") for file in GROUPS[group]])
+def test_every_file_composes(option, tmp_path):
+    config = composed(option, f"data.cache={tmp_path}")
+    check(config, world=config.nproc or 2, device_type="cuda")
+
+
+@pytest.mark.parametrize("part", sorted(set(PARTS) - {"model"}))
+def test_the_default_file_names_every_field_with_its_default(part):
+    (file,) = GROUPS[part]
+    assert set(OmegaConf.load(CONF / part / f"{file}.yaml")) == {one.name for one in fields(PARTS[part])}
+    assert getattr(composed(), part) == PARTS[part]()
+
+
+def test_values_on_the_command_line_reach_the_run():
+    config = composed("seq_len=77", "model=tiny", "optim.lr=1", "engine.dtype=bf16", "parallel.data=null")
+    assert (config.seq_len, config.model.dim, config.optim.lr, config.parallel.data) == (77, 128, 1.0, None)
+    assert config.engine.dtype == "bf16"
+    assert composed("name=x").run_dir == "runs/x"
+
+
+def test_an_experiment_s_values_win_over_the_defaults_and_lose_to_the_command_line():
+    config = composed("experiment=laptop", "steps=3")
+    assert config.name.startswith("laptop-")
+    assert (config.nproc, config.steps, config.model) == (0, 3, composed("model=tiny").model)
+
+
+@pytest.mark.parametrize(
+    ("model", "least", "most"),
+    [("tiny", 0.5e6, 1e6), ("small", 70e6, 130e6), ("1b", 1.0e9, 1.2e9), ("llama8b", 6.9e9, 7.1e9)],
+)
+def test_models_have_the_size_of_their_names(model, least, most):
+    shape = composed(f"model={model}").model
+    in_matrices = shape.matmul_parameters(vocab_size=0)  # without the head, whose size is the tokenizer's
+    assert least <= in_matrices <= most
+    assert shape.head_dim == 128 or model in {"tiny", "small"}
+
+
+def script(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, gpus: int = 0) -> int:
+    """The exit code of `python launch/train.py ...`, in ``folder`` on a machine with ``gpus``; in this process."""
+    monkeypatch.setattr(workers, "gpus", lambda: gpus)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "train.py"), *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    return exit_.value.code
+
+
+MISTAKES = {
+    "seq_lenn=64": "seq_lenn: there is no such key; did you mean seq_len?",
+    "+seq_lenn=64": "seq_lenn: there is no such key; did you mean seq_len?",
+    "model.dimm=64": "model.dimm: there is no such key; did you mean model.dim?",
+    "quux=1": "quux: there is no such key; there are data, engine,",
+    "modell=tiny": "did you mean model?",
+    "model=9b": "model=9b: there is no such option; did you mean",
+    "experiment=mars": "experiment=mars: there is no such option; there are laptop",
+    "seq_len=4k": "seq_len: Value '4k' of type 'str' could not be converted to Integer",
+    "optim.lr=big": "optim.lr: Value 'big' of type 'str' could not be converted to Float",
+    "engine.dtype=fp8": "engine.dtype: Invalid value 'fp8', expected one of [auto, bf16, fp32]",
+    "parallel.ulysses=null": "'parallel.ulysses' is not Optional",
+    "seq_len": "'seq_len' missing EQUAL",
+    "seq_len=-1": "seq_len=-1: must be 1 or more",
+    "seq_len=0": "seq_len=0: must be 1 or more",
+    "steps=0": "steps=0: must be 1 or more",
+    "seed=-1": "seed=-1: must be 0 or more",
+    "nproc=-2": "nproc=-2: must be 0 or more",
+    "model.n_heads=5": "model.n_heads=5",
+    "parallel.ring=3": "ring=3 x ulysses=1 does not multiply to the 1 processes of this run",
+    "nproc=5 parallel.ulysses=5": "parallel.ulysses=5: model.n_heads=16 must be a multiple of it; the nearest is 4",
+    "engine.zero=0 engine.dtype=bf16": "engine.zero=0 with bf16",
+    "resume=nowhere": "resume=nowhere: no such folder",
+    "data.path=nowhere": "data.path='nowhere' does not exist",
+    "data.path=empty.txt": "data.path='empty.txt'",
+    "data.path=empty": "data.path='empty'",
+    "data.path=binary.bin": "data.path='binary.bin'",
+    "data.tokenizer=nowhere.json": "data.tokenizer='nowhere.json'",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.bin").write_bytes(bytes(range(256)) * 64)
+    before = {path.name for path in tmp_path.iterdir()}
+    yield tmp_path
+    assert {path.name for path in tmp_path.rglob("*")} - before <= {"runs"}, "a run that never started left files"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line(mistake, folder, monkeypatch, capfd):
+    assert script(monkeypatch, folder, *mistake.split()) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("train.py: ")
+    assert MISTAKES[mistake] in line
+
+
+def test_more_processes_than_gpus_are_refused(folder, monkeypatch, capfd):
+    assert script(monkeypatch, folder, "nproc=3", "model=tiny", gpus=2) == 1
+    said = "3 processes on a machine with 2 GPUs: start at most 2, or set CUDA_VISIBLE_DEVICES="
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, 2), (1, 1), (4, 4)])
+def test_nproc_0_takes_all_gpus_and_makes_a_ring_without(gpus, processes, monkeypatch):
+    monkeypatch.setattr(workers, "gpus", lambda: gpus)
+    assert workers.count_workers(0) == processes
+    assert workers.count_workers(3) == 3
+
+
+def test_help_and_cfg_show_every_field(folder, monkeypatch, capfd):
+    assert script(monkeypatch, folder, "--help") == 0
+    help_, err = capfd.readouterr()
+    for name in field_names():
+        assert name.rpartition(".")[2] in help_, f"{name} is not in conf/hydra/help/ringspan.yaml"
+    assert "torchrun --nproc_per_node=4 launch/train.py" in help_
+    assert "model: 1b, llama8b, small, tiny" in help_
+    assert max(map(len, help_.splitlines())) <= 120
+    assert script(monkeypatch, folder, "--cfg", "job") == 0
+    cfg, err2 = capfd.readouterr()
+    assert err + err2 == ""
+    shown = OmegaConf.create(cfg)
+    assert set(shown) == {one.name for one in fields(TrainConfig)}
+
+
+def test_the_package_lists_every_folder_of_code():
+    """pyproject.toml names the packages; a new folder of modules has to be added there."""
+    listed = (ROOT / "pyproject.toml").read_text()
+    for room in ("kernels", "parallel", "train"):
+        for path in (ROOT / room).rglob("*.py"):
+            package = ".".join(["ringspan", *path.parent.relative_to(ROOT).parts])
+            assert f'"{package}"' in listed
+            assert path.name != "__init__.py"

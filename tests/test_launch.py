@@ -1,0 +1,260 @@
+"""The commands that users type, as real processes; and the launcher by itself, with workers that fail, die and hang."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ringspan.parallel.workers import WorkerError, launch
+from ringspan.train.metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "launch" / "train.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT / ".types")}
+SMALL = "model=tiny model.n_layers=1 model.dim=16 model.n_heads=2 model.n_kv_heads=1 model.head_dim=8 model.mlp_dim=16"
+
+NO_WANDB = "logger.wandb=disabled"  # it starts in two seconds; one test does
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a run that takes a moment: a small model on a small text."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("".join(f"line {i} of a text to learn from\n" for i in range(400)))
+    return [*SMALL.split(), f"data.path={folder / 'text.txt'}", f"data.cache={folder / 'cache'}"]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Path]:
+    """A folder to start runs in; afterwards no process that was started there is left."""
+    yield tmp_path
+    left: list[str] = []
+    for _ in range(50):  # the last ones may be on their way out
+        left = processes_in(tmp_path)
+        if not left:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"left behind: {left}")
+
+
+def processes_in(folder: Path) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").resolve() == folder:
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # it has just left, or is not ours
+            continue
+    return found
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, timeout=240, check=False)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_torchrun_from_another_folder(here, small):
+    done = run(*TORCHRUN, SCRIPT, *small, "seq_len=65", "steps=3", "name=x", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (here / "runs").iterdir()] == ["x"]
+    lines = metrics(here / "runs" / "x")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert tuple(lines[0]) == METRICS
+    assert done.stdout.count("step 3/3 | loss ") == 1
+    assert "unigram entropy" in done.stdout.splitlines()[-1]
+    assert (here / "runs" / "x" / "checkpoints" / "step-00000003").is_dir()
+    assert list((here / "runs" / "x" / "wandb").glob("offline-run-*"))
+    told = json.loads((here / "runs" / "x" / "run.json").read_text())
+    assert told["attention"] == {"backend": "torch", "transport": "p2p", "layout": "zigzag"}
+    assert told["mesh"] == {"data": 1, "ring": 2, "ulysses": 1}
+    assert told["config"]["seq_len"] == 65
+    assert {path.name for path in here.iterdir()} == {"runs"}
+
+
+def test_one_process_saves_at_ctrl_c_and_says_how_to_go_on(here, small):
+    command = [sys.executable, SCRIPT, *small, "seq_len=65", "name=x", NO_WANDB]
+    job = Started([*command, "steps=100000"], here)
+    job.wait_for("step     20/")
+    job.process.send_signal(signal.SIGINT)
+    assert job.end() == 0, job.said
+    assert job.said.lstrip().startswith("corpus  text.txt (bytes), "), "a library has spoken"
+    (saved,) = (here / "runs" / "x" / "checkpoints").glob("step-*")
+    steps = int(saved.name.removeprefix("step-"))
+    assert [line["step"] for line in metrics(here / "runs" / "x")] == list(range(1, steps + 1))
+    assert f"to go on: python {SCRIPT} " in " ".join(job.said.split())
+
+
+class Started:
+    """A command that runs, and what it has said so far."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.said = ""
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said += line
+            if text in line:
+                return
+        pytest.fail(f"it never said {text!r}, but:\n{self.said}")
+
+    def end(self) -> int:
+        self.said += self.process.communicate(timeout=60)[0]
+        return self.process.returncode
+
+
+def test_sigterm_saves_and_ends_a_sweep_that_goes_on_after_a_failed_job(here, small):
+    sweep = [sys.executable, SCRIPT, "-m", *small, NO_WANDB, "nproc=2", "seq_len=0,65,129", "steps=100000", "name=s"]
+    job = Started(sweep, here)
+    job.wait_for("step      3/")
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end() == 0, job.said
+    assert job.said.count("job 0") == 1
+    assert "seq_len=0: must be 1 or more" in job.said
+    assert {path.name for path in (here / "sweeps" / "s").iterdir()} == {"0", "1", "multirun.yaml"}
+    assert list((here / "sweeps" / "s" / "1" / "checkpoints").glob("step-*"))
+    told = json.loads((here / "sweeps" / "s" / "1" / "run.json").read_text())["config"]
+    assert (told["name"], told["logger"]["group"]) == ("s-1", "s")
+    assert told["run_dir"] == str(here / "sweeps" / "s" / "1")
+
+
+def test_a_sweep_under_torchrun(here, small):
+    done = run(*TORCHRUN, SCRIPT, "-m", *small, NO_WANDB, "seq_len=65,0,33", "steps=2", "name=s", cwd=here)
+    assert done.returncode == 1
+    assert "job 1 (" in done.stderr
+    assert "seq_len=0: must be 1 or more" in done.stderr
+    assert "failed, 1 of the sweep: 1 (" in done.stderr
+    for job, seq_len in (("0", 65), ("2", 33)):
+        told = json.loads((here / "sweeps" / "s" / job / "run.json").read_text())
+        assert (told["config"]["seq_len"], told["mesh"]["ring"]) == (seq_len, 2)
+        assert len(metrics(here / "sweeps" / "s" / job)) == 2
+    assert {path.name for path in here.iterdir()} == {"sweeps"}
+
+
+def test_a_sweep_under_torchrun_on_several_nodes_is_refused(here, small):
+    """As torchrun starts rank 0 of 2 nodes, with its store."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
+    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": store.port}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "-m", *small, "seq_len=65,33", "name=s"],
+        cwd=here,
+        env={**ENV, **torchrun, **{name: str(value) for name, value in numbers.items()}},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "sweep under torchrun runs on one node" in line
+
+
+def test_a_mistake_under_torchrun_is_told_once(here, small):
+    done = run(*TORCHRUN, SCRIPT, *small, "parallel.ring=3", cwd=here)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("does not multiply to the 2 processes of this run") == 1
+    assert "train.py: parallel: ring=3" in done.stderr
+    assert "Error executing job" not in done.stderr
+    assert list((here / "runs").iterdir()) == []
+
+
+def test_a_mistake_that_all_ranks_find_in_training_is_told_once(here, small):
+    blown_up = ["engine.clip=0", "optim.lr=1e30", "optim.warmup_steps=0", "engine.zero=0"]
+    done = run(*TORCHRUN, SCRIPT, *small, NO_WANDB, "seq_len=65", "steps=9", "name=x", *blown_up, cwd=here)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert len(told) == 1, done.stderr
+    assert "lower optim.lr (now 1e+30)" in told[0]
+    assert "loop.py" not in done.stderr, "a traceback for a user's mistake"
+
+
+def rank_sum(base: int) -> int:
+    total = torch.tensor(base + dist.get_rank())
+    dist.all_reduce(total)
+    return int(total)
+
+
+def fail_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise ZeroDivisionError("the true cause")
+    dist.barrier()  # here rank 0 hears that its peer has gone
+
+
+def die_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Event().wait()
+
+
+def hang(folder: str) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: Path(folder, f"asked{dist.get_rank()}").touch())
+    Path(folder, f"ready{dist.get_rank()}").touch()
+    while True:
+        time.sleep(0.05)
+
+
+def test_fresh_workers_give_rank_0_s_result(capfd):
+    assert launch(rank_sum, 10, nproc=2) == 21
+    assert capfd.readouterr().err == ""
+    assert mp.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [(fail_on_rank_one, r"ZeroDivisionError: the true cause$"), (die_on_rank_one, "^worker 1 was ended by signal 9")],
+)
+def test_the_worker_that_failed_first_is_told(task, said):
+    with pytest.raises(WorkerError, match=said) as error:
+        launch(task, nproc=2)
+    assert "peer" not in str(error.value)
+    assert mp.active_children() == []
+
+
+def test_the_second_signal_ends_workers_that_do_not_leave(tmp_path):
+    def signals() -> None:
+        wait_for_files(tmp_path, "ready0", "ready1")
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for_files(tmp_path, "asked0", "asked1")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=signals)
+    sender.start()
+    with pytest.raises(SystemExit) as exit_:
+        launch(hang, str(tmp_path), nproc=2)
+    sender.join()
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert mp.active_children() == []
+
+
+def wait_for_files(folder: Path, *names: str) -> None:
+    until = time.monotonic() + 60
+    while not all((folder / name).exists() for name in names):
+        assert time.monotonic() < until, f"{names} never came"
+        time.sleep(0.05)
+
+
+def test_workers_leave_with_a_parent_that_was_killed(here):
+    program = "import sys; from test_launch import *; launch(hang, sys.argv[1], nproc=1)"
+    env = {**ENV, "PYTHONPATH": os.pathsep.join([ENV["PYTHONPATH"], str(ROOT / "tests")])}
+    parent = subprocess.Popen([sys.executable, "-c", program, str(here)], cwd=here, env=env)
+    wait_for_files(here, "ready0")
+    parent.kill()
+    parent.wait()  # and `here` sees that nothing is left

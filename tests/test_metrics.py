@@ -1,0 +1,252 @@
+"""Each metric against numbers worked out by hand, and what a run leaves behind: files, W&B, one progress line."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from ringspan.train import metrics
+from ringspan.train.metrics import METRICS, LoggerConfig, RunLog, WandbMode, flops_per_step, peak_of, record
+
+CPU = torch.device("cpu")
+NUMBERS = {
+    "step": 3,
+    "tokens": 6000,
+    "loss": 2.5,
+    "grad_norm": 0.7,
+    "lr": 1e-3,
+    "step_tokens": 2000,
+    "step_flops": 8e12,
+    "step_seconds": 0.5,
+    "data_seconds": 0.05,
+    "world": 4,
+    "device": CPU,
+}
+
+
+@dataclass
+class Config:
+    name: str = "a run"
+    steps: int = 10
+    mode: WandbMode = WandbMode.offline  # an enum, to be written by its value
+    logger: LoggerConfig = field(default_factory=lambda: LoggerConfig(wandb=WandbMode.disabled))
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def log_steps(folder: Path, steps: range, *, config: Config | None = None, rank: int = 0) -> str:
+    said = io.StringIO()
+    log = RunLog(str(folder), config or Config(), rank=rank, first_step=steps.start - 1, stream=said)
+    for step in steps:
+        log.step(record(**{**NUMBERS, "step": step, "tokens": 2000 * step}))
+    log.close()
+    return said.getvalue()
+
+
+def test_flops_by_hand():
+    # one row of 4 tokens, causal: 1 + 2 + 3 + 4 keys. Forward: QK^T and PV, 2 products of 2 * 16 FLOPs for each of the
+    # 10 pairs, 2 heads and 3 layers, is 3840; backward is five products for two, without the recomputed one four.
+    forward_attention = 10 * 2 * 3 * (2 * 2 * 16)
+    forward_matrices = 4 * 2 * 1000
+    got = flops_per_step(1000, 4, n_layers=3, n_heads=2, head_dim=16, attended=10)
+    assert got == 3 * (forward_attention + forward_matrices)
+
+
+def test_a_record_by_hand(monkeypatch):
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 20e12)
+    monkeypatch.setattr(metrics, "peak_memory_gib", lambda device: (1.5, 2.5))
+    assert record(**NUMBERS) == {
+        "step": 3,
+        "tokens": 6000,
+        "train/loss": 2.5,
+        "train/grad_norm": 0.7,
+        "train/lr": 1e-3,
+        "perf/tokens_per_second_per_gpu": 1000.0,  # 2000 tokens in half a second on 4
+        "perf/mfu": 0.2,  # 16e12 FLOP/s on 4 chips of 20e12
+        "perf/step_seconds": 0.5,
+        "perf/data_seconds": 0.05,
+        "memory/peak_allocated_gib": 1.5,
+        "memory/peak_reserved_gib": 2.5,
+    }
+    monkeypatch.undo()
+    assert record(**NUMBERS)["perf/mfu"] is None  # the peak of this CPU is not known
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_chip(name, peak):
+    assert peak_of(name) == peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figure")
+def test_memory_on_a_cpu_is_the_peak_of_the_process():
+    linux_kib = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    allocated, reserved = metrics.peak_memory_gib(CPU)
+    assert allocated == reserved == pytest.approx(linux_kib / 2**20, rel=0.02)
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_cuda_s():
+    held = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    allocated, reserved = metrics.peak_memory_gib(held.device)
+    assert 0.25 <= allocated <= reserved
+
+
+def test_a_run_writes_every_name_and_a_resumed_one_goes_on(tmp_path):
+    log_steps(tmp_path, range(1, 6))
+    assert all(tuple(line) == METRICS for line in read(tmp_path))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "tok')  # killed while it wrote
+    log_steps(tmp_path, range(4, 6))  # from a checkpoint after step 3
+    assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 5]
+    log_steps(tmp_path, range(1, 2))  # resume=none starts anew
+    assert [line["step"] for line in read(tmp_path)] == [1]
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    log = RunLog(str(tmp_path), Config(), stream=io.StringIO())
+    log.step(record(**{**NUMBERS, "loss": float("nan"), "grad_norm": float("inf")}))
+    log.close()
+    assert read(tmp_path)[0]["train/loss"] is None
+    assert read(tmp_path)[0]["train/grad_norm"] is None
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path):
+    log = RunLog(str(tmp_path / "run"), Config(), rank=1, stream=(said := io.StringIO()))
+    log.banner({"mesh": {"ring": 2}})
+    log.step(record(**NUMBERS))
+    log.verdict(1.0, 2.0)
+    log.say("x")
+    log.close()
+    assert said.getvalue() == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_banner_is_printed_and_kept(tmp_path):
+    log = RunLog(str(tmp_path), Config(), stream=(said := io.StringIO()))
+    log.banner({"parameters": 1234567, "attention": {"backend": "torch", "layout": "zigzag"}})
+    log.close()
+    assert "parameters  1,234,567" in said.getvalue()
+    assert "attention  backend torch, layout zigzag" in said.getvalue()
+    kept = json.loads((tmp_path / "run.json").read_text())
+    assert kept["attention"] == {"backend": "torch", "layout": "zigzag"}
+    assert kept["config"]["mode"] == "offline"
+    assert torch.__version__.startswith(kept["versions"]["torch"])  # whose metadata may not name the build
+
+
+def test_plain_lines_with_the_time_left(tmp_path):
+    lines = log_steps(tmp_path, range(1, 3)).splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("step  2/10 | loss 2.5000 | lr 1.00e-03 | norm 0.70 | 1,000 tok/s/gpu | mem ")
+    assert lines[1].endswith(" | data 10.0% | 0.50 s | 4.0K tok | eta 4s")  # 8 steps of half a second
+    assert "mfu" not in lines[1]
+
+
+def test_the_first_step_says_nothing_of_the_time_left():
+    progress = metrics.Progress(10, io.StringIO())
+    for step, seconds in ((1, 100.0), (2, 1.0), (3, 1.0)):  # 100: it compiles
+        progress.step(record(**{**NUMBERS, "step": step, "step_seconds": seconds}))
+    assert progress.stream.getvalue().endswith("eta 7s\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_sees_one_line_rewritten(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    progress = metrics.Progress(10, terminal := Terminal())
+    progress.step(record(**NUMBERS))
+    progress.step(record(**{**NUMBERS, "step": 4}))
+    progress.say("done")
+    first, second = terminal.getvalue().split("\r\x1b[2K")[1:]
+    assert first.startswith("step  3/10") and len(first) == 39 and "\n" not in first  # noqa: PT018 - one line
+    assert second.endswith("\ndone\n")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.2, "4s"), (65, "1m05s"), (5 * 3600 + 12 * 60 + 1, "5h12m")])
+def test_time_left_in_words(seconds, text):
+    assert metrics.short_time(seconds) == text
+
+
+def test_the_verdict_says_which_is_smaller(tmp_path):
+    for loss, said in ((2.0, "loss 2.000 < unigram entropy 3.000"), (3.5, "loss 3.500 >= unigram entropy 3.000")):
+        log = RunLog(str(tmp_path), Config(), stream=(out := io.StringIO()))
+        log.verdict(loss, 3.0)
+        log.close()
+        assert said in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "mode"),
+    [
+        ({}, WandbMode.auto, "offline"),
+        ({"WANDB_API_KEY": "k" * 40}, WandbMode.auto, "online"),
+        ({"NETRC": "netrc"}, WandbMode.auto, "online"),
+        ({"NETRC": "netrc", "WANDB_BASE_URL": "https://wandb.example.org"}, WandbMode.auto, "offline"),
+        ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, WandbMode.auto, "offline"),
+        ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, WandbMode.online, "online"),
+        ({"WANDB_MODE": "online"}, WandbMode.disabled, "disabled"),
+    ],
+)
+def test_online_only_with_a_key(monkeypatch, tmp_path, environment, asked, mode):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("netrc").write_text("machine api.wandb.ai login user password " + "k" * 40 + "\n")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert metrics.wandb_mode(asked) == mode
+
+
+def test_wandb_has_the_run_against_tokens_and_goes_on_with_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    config = Config(logger=LoggerConfig(wandb=WandbMode.offline, project="proj", group="g"))
+    log_steps(tmp_path, range(1, 3), config=config)
+    log_steps(tmp_path, range(2, 4), config=config)  # resumed after step 1
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    run_id = (tmp_path / "wandb_id").read_text().strip()
+    assert [path.name for path in runs] == [f"run-{run_id}.wandb"] * 2
+    said = [inspect(path) for path in runs]
+    assert said[0]["run"][0]["project"] == "proj"
+    assert said[0]["run"][0]["run_group"] == "g"
+    assert said[0]["run"][0]["config"]["update"]["mode"] == "offline"
+    assert {"glob_name": "*", "options": {"defined": True, "step_sync": True}, "step_metric": "tokens"} in said[0][
+        "metric"
+    ]
+    for part, tokens in zip(said, ([2000, 4000], [4000, 6000]), strict=True):
+        assert [one["item"]["tokens"] for one in part["history"]] == tokens
+        assert set(METRICS) - set(part["history"][0]["item"]) == {"perf/mfu"}  # unknown here, so not logged
+
+
+def inspect(path: Path) -> dict[str, list[dict]]:
+    """The records of an offline W&B file, by type, as W&B's own reader tells them."""
+    read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    lines = subprocess.run(read, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    records: dict[str, list[dict]] = {}
+    for one in map(json.loads, lines):
+        records.setdefault(one["type"], []).append(one[one["type"]])
+    return records

@@ -1,0 +1,131 @@
+"""What a run is: one dataclass tree, each part beside its owner. YAML gives values; types and rules are here.
+
+config = typed(cfg)                    # each part's own rules
+check(config, world)                   # rules that need this machine: processes, devices, files
+explain(error)                         # what Hydra and OmegaConf say about a mistake, in one line
+"""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import cast
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from ringspan.parallel.mesh import ParallelConfig
+from ringspan.train.data import DataConfig
+from ringspan.train.data import check as check_data
+from ringspan.train.engine import EngineConfig
+from ringspan.train.loop import LoopConfig
+from ringspan.train.metrics import LoggerConfig
+from ringspan.train.model import ModelConfig
+from ringspan.train.optim import OptimConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    name: str = MISSING  # of the run; the same name again goes on with it
+    run_dir: str = MISSING  # all that the run writes
+    seq_len: int = 4096  # tokens, whole sequence, all ranks that share it together
+    steps: int = 100  # updates of the weights
+    seed: int = 0  # of the first weights and of the order of the rows
+    nproc: int = 1  # processes to start; 0: one on each GPU here, 2 where there is none; torchrun has its own count
+    resume: str = "auto"  # the newest checkpoint in run_dir if there is one | none | a checkpoint's folder
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("seq_len", 1), ("steps", 1), ("seed", 0), ("nproc", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
+
+
+ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+def check(config: TrainConfig, world: int, device_type: str) -> None:
+    """What can be known before a worker starts or a GPU is touched, for ``world`` processes.
+
+    Raises:
+        ValueError: sizes that do not multiply to ``world``, heads that do not divide, a dtype that the device or the
+            engine cannot do, a checkpoint that is not there, data that cannot be read.
+    """
+    _, _, ulysses = config.parallel.sizes(world)
+    if config.model.n_heads % ulysses:
+        raise ValueError(
+            f"parallel.ulysses={ulysses}: model.n_heads={config.model.n_heads} must be a multiple of it; "
+            f"the nearest is {nearest_divisor(config.model.n_heads, ulysses)}"
+        )
+    config.engine.resolve(device_type)
+    if config.resume not in {"auto", "none"} and not Path(config.resume).is_dir():
+        raise ValueError(f"resume={config.resume}: no such folder; give auto, none or a checkpoint's folder")
+    check_data(config.data)
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+
+
+def typed(cfg: DictConfig) -> TrainConfig:
+    """The configuration as dataclasses. Raises ValueError where a part's rules are broken, or a key was added to it."""
+    known = set(field_names())
+    for key in _keys(cfg):
+        if key not in known:  # OmegaConf refuses key=value, and takes +key=value
+            raise ValueError(_unknown_key(key))
+    return cast(TrainConfig, OmegaConf.to_object(cfg))
+
+
+def field_names(part: type = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """Every key that an override may name: seq_len, model, model.dim, ..."""
+    for one in fields(part):
+        yield prefix + one.name
+        if isinstance(one.type, type) and is_dataclass(one.type):
+            yield from field_names(one.type, f"{prefix}{one.name}.")
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in map(str, cfg):
+        yield prefix + name
+        if OmegaConf.is_dict(part := cfg._get_node(name)):  # the node: values may not be there yet, or not resolve
+            yield from _keys(cast(DictConfig, part), f"{prefix}{name}.")
+
+
+def explain(error: Exception) -> str:
+    """One line of what Hydra or OmegaConf has against a configuration, with the nearest name that there is."""
+    chain: list[BaseException] = [error]
+    while (deeper := chain[-1].__cause__) is not None:
+        chain.append(deeper)
+    missing = next((one for one in chain if isinstance(one, MissingConfigException) and one.missing_cfg_file), None)
+    if missing:
+        return _unknown_option(missing)
+    inner = next((one for one in chain if isinstance(one, OmegaConfBaseException)), None)
+    key = str((inner and inner.full_key) or "")
+    if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
+        return _unknown_key(key)
+    said = " ".join(str(inner if key else error).split("full_key:")[0].split())
+    return f"{key}: {said}" if key and key not in said else said
+
+
+def _unknown_key(key: str) -> str:
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in field_names() if name.rpartition(".")[0] == parent]
+    return f"{key}: there is no such key; {_nearest(key, siblings or [field.name for field in fields(TrainConfig)])}"
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    group, _, asked = str(error.missing_cfg_file).rpartition("/")
+    return f"{group}={asked}: there is no such option; {_nearest(asked, list(error.options or []))}"
+
+
+def _nearest(asked: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names))}"
