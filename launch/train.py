@@ -116,7 +116,7 @@ def with_hydra(task: Task) -> int:
     """Call ``task(config, run_dir)`` for the command line: once, or for each job of a sweep. Returns the exit code."""
     failed: list[str] = []
 
-    @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+    @hydra.main(version_base="1.3", config_path="../conf", config_name="train" if gpus() else "train_cpu")
     def on_job(cfg: DictConfig) -> object:
         try:
             return task(*settled(cfg))

@@ -19,9 +19,9 @@ GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path 
 PARTS = {one.name: one.type for one in fields(TrainConfig) if isinstance(one.type, type) and is_dataclass(one.type)}
 
 
-def composed(*overrides: str) -> TrainConfig:
+def composed(*overrides: str, config_name: str = "train") -> TrainConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(compose("train", overrides=list(overrides)))
+        return typed(compose(config_name, overrides=list(overrides)))
 
 
 def test_there_is_a_folder_for_every_part():
@@ -32,6 +32,13 @@ def test_there_is_a_folder_for_every_part():
 def test_every_file_composes(option, tmp_path):
     config = composed(option, f"data.cache={tmp_path}")
     check(config, world=config.nproc or 2, device_type="cuda")
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in CONF.glob("*.yaml")))
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_start_takes_every_experiment(file, experiment):
+    started, published = (composed(f"experiment={experiment}", config_name=name) for name in (file, "train"))
+    assert (started.steps, started.model, started.train) == (published.steps, published.model, published.train)
 
 
 @pytest.mark.parametrize("part", sorted(set(PARTS) - {"model"}))
@@ -63,6 +70,12 @@ def test_models_have_the_size_of_their_names(model, least, most):
     in_matrices = shape.matmul_parameters(vocab_size=0)  # without the head, whose size is the tokenizer's
     assert least <= in_matrices <= most
     assert shape.head_dim == 128 or model in {"tiny", "small"}
+
+
+def test_a_machine_without_a_gpu_starts_with_a_model_that_it_can_train():
+    assert composed().model == composed("model=1b").model
+    assert composed(config_name="train_cpu").model == composed("model=tiny").model
+    assert composed("model=small", config_name="train_cpu").model == composed("model=small").model
 
 
 def script(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, gpus: int = 0) -> int:
@@ -97,7 +110,7 @@ MISTAKES = {
     "nproc=-2": "nproc=-2: must be 0 or more",
     "model.n_heads=5": "model.n_heads=5",
     "parallel.ring=3": "ring=3 x ulysses=1 does not multiply to the 1 processes of this run",
-    "nproc=5 parallel.ulysses=5": "parallel.ulysses=5: model.n_heads=16 must be a multiple of it; the nearest is 4",
+    "nproc=5 parallel.ulysses=5": "parallel.ulysses=5: model.n_heads=4 must be a multiple of it; the nearest is 4",
     "engine.zero=0 engine.dtype=bf16": "engine.zero=0 with bf16",
     "resume=nowhere": "resume=nowhere: no such folder",
     "data.path=nowhere": "data.path='nowhere' does not exist",

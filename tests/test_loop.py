@@ -17,7 +17,7 @@ from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
 from ringspan.train import loop
 from ringspan.train.data import DataConfig, open_corpus
-from ringspan.train.loop import Backend, LoopConfig, Trainer, resume_command, train
+from ringspan.train.loop import Backend, LoopConfig, Trainer, resume_command, signals, train
 from ringspan.train.model import ModelConfig
 from ringspan.train.optim import OptimConfig
 from ringspan.train.packing import PackedRows
@@ -229,3 +229,15 @@ def refuse_on_rank_zero():
 
 def test_a_mistake_found_by_rank_zero_reaches_all(ranks):
     assert ranks(2)(refuse_on_rank_zero) == ["no such text"] * 2
+
+
+def test_the_first_signal_asks_and_the_second_leaves_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with signals() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop()
+        with pytest.raises(SystemExit) as left:
+            signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -68,6 +68,9 @@ def test_no_less_accurate_than_one_gpu(ranks, ring, ulysses):
                 found.append(torch.stack([one[number][4].double() for one in answers]).sum(dim=0))
             for mine, exact, single in zip(found, *on_one_gpu(case), strict=True):
                 error, bound = ((x.double() - exact).square().mean().sqrt().item() for x in (mine, single))
-                # Sinks' gradients are a few numbers, whose errors are chance: twice one GPU's, and a rounding
-                assert error <= (1.05 if mine.dim() == 4 else 2) * bound + 1e-6 * exact.abs().max().item()
+                # Sinks' gradients are a few numbers, whose errors are chance: twice one GPU's. Where Ulysses repeats
+                # kv heads, their gradients are rounded to 16 bits before they are summed: two roundings for one.
+                repeated = case.kv_heads % ulysses and mine.shape == found[2].shape
+                factor = 2 if mine.dim() == 1 or repeated else 1.05
+                assert error <= factor * bound + 1e-6 * exact.abs().max().item()
             number += 1

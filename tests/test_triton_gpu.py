@@ -38,7 +38,8 @@ def poisoned() -> Iterator[None]:
     """What the backend allocates is full of NaN, so that nothing passes by not being written."""
 
     def nan_empty(*args: object, **kwargs: object) -> torch.Tensor:
-        return original(*args, **kwargs).fill_(torch.nan)  # type: ignore[call-overload,no-any-return]
+        made = original(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
 
     original: Callable[..., torch.Tensor] = torch.empty
     with mock.patch.object(triton_backend.torch, "empty", nan_empty):

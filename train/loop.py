@@ -300,12 +300,15 @@ def any_rank(flag: bool) -> bool:
 
 @contextmanager
 def signals() -> Iterator[Callable[[], bool]]:
-    """While it is open SIGTERM and SIGINT do nothing but make the function it gives return True."""
+    """The first SIGTERM or SIGINT makes the function it gives return True, the second raises SystemExit."""
     received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+
+    def hear(number: int, _: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: bool(received)
     finally:
