@@ -12,6 +12,7 @@ passes include rowsum(dout * out). A peer that is not installed, or cannot run a
 import argparse
 import importlib
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -28,11 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
-from ringspan.kernels import hopper_backend, triton_backend
-from ringspan.kernels.attention import attention_delta
+from ringspan.kernels.attention import attention
 from ringspan.kernels.plan import plan
 from ringspan.kernels.spans import Spans
 
+SIZES = ("mask", "length", "heads", "kv_heads", "dim")
 Run = Callable[[], Any]
 Pair = tuple[Run, Run]  # forward, backward
 
@@ -96,20 +97,9 @@ def log_normal_lengths(total: int, mean: int) -> list[int]:
     return lengths
 
 
-def ours(case: Case, x: Inputs, backend: Any) -> Pair:
-    mask, scale = plan(x.spans, case.length), case.dim**-0.5
-    q, k, v = (leaf.detach() for leaf in x.leaves)
-
-    def forward() -> tuple[Tensor, Tensor]:
-        return backend.forward(q, k, v, mask, scale=scale, softcap=0.0, into=None, out_dtype=q.dtype)
-
-    out, lse = forward()
-
-    def backward() -> Any:
-        delta = attention_delta(x.dout, out)
-        return backend.backward(x.dout, q, k, v, lse, delta, mask, scale=scale, softcap=0.0, dq=None, dk=None, dv=None)
-
-    return forward, backward
+def ours(case: Case, x: Inputs, backend: str) -> Pair:
+    mask = plan(x.spans, case.length)  # a Plan serves all layers of a step: made outside, as a trainer does
+    return by_autograd(x, partial(attention, *x.leaves, mask, backend=backend))
 
 
 def by_autograd(x: Inputs, forward: Callable[[], Tensor]) -> Pair:
@@ -132,6 +122,7 @@ def cudnn(case: Case, x: Inputs) -> Pair:
 
 
 def flex(case: Case, x: Inputs) -> Pair:
+    torch.compiler.reset()  # or from the ninth case on it would not be compiled again, and run unfused
     document = torch.arange(len(x.documents)).repeat_interleave(torch.tensor(x.documents)).cuda()
 
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -169,12 +160,12 @@ def flash_attention(case: Case, x: Inputs, package: str) -> Pair:
 
 
 CONTESTANTS: dict[str, Callable[[Case, Inputs], Pair]] = {
-    "hopper": partial(ours, backend=hopper_backend),
+    "hopper": partial(ours, backend="hopper"),
     "cudnn": cudnn,
     "fa3": partial(flash_attention, package="flash_attn_interface"),
     "fa4": partial(flash_attention, package="flash_attn.cute"),
     "flex": flex,
-    "triton": partial(ours, backend=triton_backend),
+    "triton": partial(ours, backend="triton"),
 }
 
 
@@ -209,7 +200,7 @@ def measure(case: Case, names: list[str], rounds: int) -> dict[str, dict[str, fl
 def check_agreement(running: dict[str, Pair]) -> None:
     """Prints how far the outputs are from the first contestant's: a fast wrong answer is none."""
     outs = {name: pair[0]() for name, pair in running.items()}
-    outs = {name: (out[0] if isinstance(out, tuple) else out).detach().float() for name, out in outs.items()}
+    outs = {name: out.detach().float() for name, out in outs.items()}
     first = next(iter(outs.values()), None)
     for name, out in outs.items():
         off = ((out - first).norm() / first.norm()).item() if first is not None else 0.0
@@ -241,8 +232,47 @@ def line(case: Case, rates: dict[str, dict[str, float]], names: list[str]) -> st
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version()}
-    report = {"machine": torch.cuda.get_device_name(), "dtype": "bfloat16", "versions": versions, "cases": rows}
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    machine = {"machine": torch.cuda.get_device_name(), "dtype": "bfloat16", "versions": versions}
+    path.write_text(json.dumps({**machine, "command": shlex.join(sys.argv), "cases": rows}, indent=1) + "\n")
+
+
+def render(path: Path) -> None:
+    """The table and the plot beside a report, from the report alone."""
+    report = json.loads(path.read_text())
+    rows = list({str([row[name] for name in SIZES]): row for row in report["cases"]}.values())
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        "# Attention on one device",
+        "",
+        f"{report['machine']}, {report['dtype']}, batch 1, {versions}. TFLOP/s forward / backward, medians of",
+        "interleaved rounds, per attended FLOP: causal counts half, packed and window their own. `packed-N` are",
+        "log-normal documents of mean N; in brackets ours over the peer. Written, like the plot, by",
+        f"`python {report['command']}`.",
+        "",
+        "![TFLOP/s of every case](attention.png)",
+        "",
+        f"| {' | '.join(SIZES)} | ours | {' | '.join(peers)} |",
+        "|" + "---|" * (len(SIZES) + 1 + len(peers)),
+    ]
+    for row in rows:
+        rates = [row["ours"], *(row["peers"].get(name) for name in peers)]
+        lines.append(
+            "| " + " | ".join([*(str(row[name]) for name in SIZES), *(cell(x, row["ours"]) for x in rates)]) + " |"
+        )
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    plot(path.with_suffix(".png"), rows)
+
+
+def cell(rate: dict[str, float] | None, ours: dict[str, float]) -> str:
+    if rate is None:
+        return "-"
+    shown = f"{rate['forward']:.0f} / {rate['backward']:.0f}"
+    return (
+        shown
+        if rate is ours
+        else f"{shown} ({ours['forward'] / rate['forward']:.2f}, {ours['backward'] / rate['backward']:.2f})"
+    )
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -276,19 +306,24 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks" / "attention.json"
     )
+    parser.add_argument(
+        "--render", action="store_true", help="write the table and the plot of --out anew, on any machine"
+    )
     arguments = parser.parse_args()
+    if arguments.render:
+        return render(arguments.out)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         sys.exit("this compares kernels for compute capability 9.0, and there is no such device")
     names = ["hopper", *arguments.peers]
     print(f"{'dim':>4} {'heads':<7} {'length':>7} {'mask':<12}" + "  ".join(f"{name:^11}" for name in names))
     rows: list[dict[str, Any]] = []
-    for case in cases(arguments):
+    for case in dict.fromkeys(cases(arguments)):
         rates = measure(case, names, arguments.rounds)
         print(line(case, rates, names), flush=True)
         valued = {name: {**rate, "unit": "TFLOP/s"} for name, rate in rates.items()}
         rows.append({**asdict(case), "ours": valued.pop("hopper", {}), "peers": valued})
         write(arguments.out, rows)  # after each case: a run that is cut short keeps what it has
-    plot(arguments.out.with_suffix(".png"), rows)
+    render(arguments.out)
 
 
 if __name__ == "__main__":
