@@ -14,6 +14,9 @@ import torch
 import triton
 from ahead_of_time import Report
 
+from ringspan.kernels.triton_backend import Config
+from ringspan.kernels.triton_delta import ROWS, delta_kernel
+
 # Shared memory that a block may ask for, bytes: A100, H100, B200.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes of stack known and accepted above head dim 128, by (capability, head dim, softcap, kernel). All others are 0.
@@ -70,3 +73,12 @@ def test_fits_without_spills(reports, case, kernel):  # type: ignore[no-untyped-
     assert report.shared <= SHARED[capability]
     if capability == 90 and dtype != torch.float32:
         assert "wgmma.mma_async" in report.ptx  # Hopper's matrix instructions, not those of the A100
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_delta_fits_without_spills(capability):  # type: ignore[no-untyped-def]
+    x, rows = torch.zeros(1, 64, 2, 128, dtype=torch.bfloat16), torch.zeros(1, 2, 64)
+    arguments = (x, x, rows, rows, *x.stride()[:3], 64, 2)
+    constants = {"HEAD_DIM": 128, "BLOCK_D": 128, "ROWS": ROWS, "HAS_DLSE": True}
+    launch = ahead_of_time.Launch(delta_kernel, Config(0, 0, warps=4, stages=3), 2, arguments, constants)
+    assert ahead_of_time.build(launch, capability).stack == 0

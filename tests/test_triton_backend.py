@@ -69,6 +69,10 @@ def test_tiles_smaller_than_the_plans(interpreted):  # type: ignore[no-untyped-d
     interpreted(triton_cases.check, Case("random", queries=70, keys=40, heads=1, head_dim=200), "cpu")
 
 
+def test_delta(interpreted):  # type: ignore[no-untyped-def]
+    interpreted(triton_cases.check_delta, "cpu")
+
+
 def test_negative_scale_is_refused():  # type: ignore[no-untyped-def]
     q = torch.zeros(1, 4, 1, 32)
     with pytest.raises(ValueError, match=r"scale=-1.0.*negate q"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ringspan.kernels import triton_backend
 from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.spans import Spans
+from ringspan.kernels.triton_delta import delta
 
 
 @dataclass(frozen=True)
@@ -190,3 +191,17 @@ MASKS = {
     "full": lambda case, _: Spans.full(case.queries, case.keys),
     "none": lambda case, _: Spans(*torch.zeros(2, 1, case.queries, dtype=torch.int32)),
 }
+
+
+def check_delta(device: str) -> None:
+    """rowsum(dout * out) - dlse to fp32 rounding, for odd sizes, strides of a view, and with or without dlse."""
+    generator = torch.Generator().manual_seed(3)
+    for batch, queries, heads, head_dim in ((2, 131, 3, 80), (1, 1, 1, 32), (1, 0, 2, 64)):
+        dout = torch.randn(batch, heads, queries, head_dim, generator=generator).to(device).transpose(1, 2)
+        out = torch.randn(batch, queries, heads, head_dim, generator=generator).to(device)
+        dlse = torch.randn(batch, heads, queries, generator=generator).to(device)
+        want = (dout.double() * out.double()).sum(-1).transpose(1, 2)
+        # Products of size 1, head_dim of them: their sum's rounding grows like its root
+        close = {"rtol": 0.0, "atol": 8 * torch.finfo(torch.float32).eps * head_dim**0.5}
+        torch.testing.assert_close(delta(dout, out, None).double(), want, **close)
+        torch.testing.assert_close(delta(dout, out, dlse).double(), want - dlse.double(), **close)
