@@ -123,6 +123,14 @@ def run_counting(config):
     return result, calls
 
 
+def test_files_that_are_no_text_are_counted(root, ranks):
+    folder = Path(write_texts(root / "mixed", 33, 47))
+    (folder / "picture.txt").write_bytes(b"\xff\xfe\x00")
+    config = job(root, "mixed-run", str(folder), steps=1)
+    ranks(1)(run, config, timeout=200)
+    assert "1 files left out, not being text" in json.loads(Path(config.run_dir, "run.json").read_text())["corpus"]
+
+
 def test_what_is_recorded_is_what_was_asked_for_and_what_runs(root, text, ranks):
     config = job(root, "picked", text, mesh=(1, 2, 1), steps=2, layout="striped", attention=Backend.torch)
     results = ranks(2)(run_counting, config, timeout=200)
@@ -130,6 +138,7 @@ def test_what_is_recorded_is_what_was_asked_for_and_what_runs(root, text, ranks)
     assert said["attention"] == {"backend": "torch", "transport": "p2p", "layout": "striped"}
     assert said["mesh"] == {"data": 1, "ring": 2, "ulysses": 1}
     assert said["engine"] == {"device": "cpu", "dtype": "torch.float32", "zero": 1}
+    assert "left out" not in said["corpus"]
     for _, calls in results:
         steps, layers, blocks = 2, 2, 2
         assert 0 < len(calls) <= steps * layers * blocks  # a block without keys is skipped

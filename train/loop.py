@@ -134,7 +134,8 @@ class Trainer:
         c, m = self.config, self.config.model
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
-            "corpus": f"{self.corpus.name}, {len(self.corpus.tokens):,} tokens, {len(self.batches.rows):,} rows",
+            "corpus": f"{self.corpus.name}, {len(self.corpus.tokens):,} tokens, {len(self.batches.rows):,} rows"
+            + (f", {len(self.corpus.skipped):,} files left out, not being text" if self.corpus.skipped else ""),
             "unigram_entropy": round(self.corpus.unigram_entropy, 4),
             "model": {"parameters": self.engine.parameters, "in_matrices": m.matmul_parameters(self.vocab_size)},
             "mesh": {"data": self.mesh.data, "ring": self.mesh.ring, "ulysses": self.mesh.ulysses},
