@@ -172,6 +172,8 @@ def _steps(table: Tensor, data: Tensor, queries: int, group: dist.ProcessGroup) 
     if len(table) != ranks:
         raise ValueError(f"the plan is for a ring of {len(table)} ranks, the group has {ranks}")
     rows = [_Row(*row) for row in table.tolist()]
+    if rows[0].stop != queries:
+        raise ValueError(f"the plan is for shards of {rows[0].stop} rows, these have {queries}")
     return [
         _Step(
             owner=(rank - step) % ranks,

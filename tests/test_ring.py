@@ -174,6 +174,7 @@ def refusals() -> list[str]:
     for call in (
         lambda: ring_attention(x, x, x, plan, mesh.ring_group, transport="pigeon"),
         lambda: ring_attention(x, x, x, single, mesh.ring_group),
+        lambda: ring_attention(x[:, 1:], x[:, 1:], x[:, 1:], plan, mesh.ring_group),
         lambda: plan_ring(Spans.causal(9), Layout.zigzag(8, 2), 0),
         lambda: SequenceAttention(mesh, "spiral"),
         lambda: SequenceAttention(Mesh.create(1, 1, 2), "zigzag")(*[torch.zeros(1, 4, 3, 8)] * 3, plan),
@@ -189,7 +190,14 @@ def test_what_does_not_fit_is_refused(ranks):
     for said in ranks(2)(refusals):
         for line, part in zip(
             said,
-            ["'pigeon': must be one of auto, p2p", "ring of 1 ranks", "9 queries", "'spiral'", "heads=3"],
+            [
+                "'pigeon': must be one of auto, p2p",
+                "ring of 1 ranks",
+                "shards of 4 rows, these have 3",
+                "9 queries",
+                "'spiral'",
+                "heads=3",
+            ],
             strict=True,
         ):
             assert part in line
