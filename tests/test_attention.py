@@ -107,10 +107,11 @@ def test_disjoint_spans_are_one_mask():
     torch.testing.assert_close(gradients(out, lse, leaves), gradients(*expected, leaves), rtol=1e-11, atol=1e-11)
 
 
-def test_blocks_merge_into_what_is_there():
+@pytest.mark.parametrize("make", [lambda: Spans.causal(40, 90, window=45), lambda: Spans.causal(40, 90).padded(0, 61)])
+def test_blocks_merge_into_what_is_there(make):
     """Keys in three parts, into one fp64 result and one set of gradients, is what all keys give at once."""
     (q, k, v), generator = inputs((2, 40, 90, 4, 2, 8), torch.float64)
-    spans, dout = random_spans(40, 90, generator), torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    spans, dout = make(), torch.randn(q.shape, generator=generator, dtype=torch.float64)
     whole = attention_forward(q, k, v, plan(spans, 90), scale=0.3)
     result = None
     parts = [torch.arange(0, 30), torch.arange(30, 31), torch.arange(31, 90)]
