@@ -218,13 +218,11 @@ def _forward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    masks = _plans(plans)
+    masks, module = _plans(plans), _backend(backend)  # picked by `attention`, which has checked that it can
     result = None if sinks is None else sink_start(q, sinks)
     for mask in masks:
         out_dtype = q.dtype if mask is masks[-1] else accumulator(q.dtype)
-        result = attention_forward(
-            q, k, v, mask, scale=scale, softcap=softcap, into=result, out_dtype=out_dtype, backend=backend
-        )
+        result = module.forward(q, k, v, mask, scale=scale, softcap=softcap, into=result, out_dtype=out_dtype)
     assert result is not None, "attention without a mask"
     return result
 
@@ -243,7 +241,7 @@ def _backward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    masks = _plans(plans)
+    masks, module = _plans(plans), _backend(backend)  # picked by `attention`, which has checked that it can
     delta = attention_delta(dout, out, dlse)
     several = len(masks) > 1
     grads: list[Tensor | None] = [
@@ -252,9 +250,7 @@ def _backward(
     for mask in masks:
         dq, dk, dv = grads
         grads = list(
-            attention_backward(
-                dout, q, k, v, lse, delta, mask, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv, backend=backend
-            )
+            module.backward(dout, q, k, v, lse, delta, mask, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
         )
     dq, dk, dv = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True) if grad is not None)
     return dq, dk, dv, q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)

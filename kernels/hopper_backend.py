@@ -16,10 +16,8 @@ from triton.runtime import KernelInterface
 
 from ringspan.kernels.hopper_backward import backward_kernel, statistics_kernel
 from ringspan.kernels.hopper_forward import forward_kernel
-from ringspan.kernels.plan import TILE, Plan
+from ringspan.kernels.plan import TILE, Plan, heads_in_cache, row_stride
 
-# Keys and values, or queries and their gradients, that the heads in flight may hold together: of an H100's 50 MiB of L2
-_CACHE_BYTES = 32 * 2**20
 _SWIZZLED = {bits: NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4) for bits in (16, 32)}
 
 
@@ -100,8 +98,8 @@ def forward(
         (
             _rows(q, 64), _rows(k, config.block_n), _rows(v, config.block_n), _rows(out, 64),
             _rows(out if old is None else old, 64), lse, plan.lo, plan.hi, plan.query_order,
-            _row_stride(plan.lo), _row_stride(plan.query_order), queries, keys, heads, heads // kv_heads,
-            batch * heads, _section(4 * keys * dim, heads // kv_heads, batch * heads), score_scale, bend,
+            row_stride(plan.lo), row_stride(plan.query_order), queries, keys, heads, heads // kv_heads,
+            batch * heads, heads_in_cache(4 * keys * dim, heads // kv_heads, batch * heads), score_scale, bend,
         ),
         {
             "NC": config.consumers, "BN": config.block_n, "D": dim, "STAGES": config.stages, "TURNS": config.turns,
@@ -177,9 +175,9 @@ def _backward(
         (
             _rows(q, config.block_m), _rows(dout, config.block_m), _rows(k, config.block_n), _rows(v, config.block_n),
             flat, _rows(dq, config.block_m), _rows(dk, config.block_n), _rows(dv, config.block_n),
-            plan.query_lo, plan.query_hi, plan.key_order, _row_stride(plan.query_lo), _row_stride(plan.key_order),
-            queries, keys, kv_heads, group, batch * kv_heads, _section(8 * queries * dim * group, 1, batch * kv_heads),
-            padded, score_scale, bend, scale,
+            plan.query_lo, plan.query_hi, plan.key_order, row_stride(plan.query_lo), row_stride(plan.key_order),
+            queries, keys, kv_heads, group, batch * kv_heads,
+            heads_in_cache(8 * queries * dim * group, 1, batch * kv_heads), padded, score_scale, bend, scale,
         ),
         {
             "BM": config.block_m, "BN": config.block_n, "D": dim, "STAGES": config.stages,
@@ -224,13 +222,3 @@ def _coefficients(scale: float, softcap: float) -> tuple[float, float]:
         raise ValueError(f"scale={scale}: the Hopper kernels need scale >= 0; negate q instead")
     per_score = softcap if softcap else scale
     return max(per_score * log2(e), 1e-30), 2 * scale * log2(e) / softcap if softcap else 0.0
-
-
-def _section(head_bytes: int, sharing: int, heads: int) -> int:
-    """Heads to work on at a time, `sharing` of which read the same `head_bytes`: as many as fit the L2 cache."""
-    return min(heads, sharing * max(1, _CACHE_BYTES // head_bytes))
-
-
-def _row_stride(plan_rows: Tensor) -> int:
-    """Elements from one batch row of a plan's tensor to the next: 0 where one row serves all."""
-    return 0 if plan_rows.shape[0] == 1 else plan_rows.stride(0)

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ringspan.kernels.spans import Spans
 
+# Keys and values, or queries and their gradients, that the heads in flight may hold together: an A100's L2 is 40 MiB,
+# an H100's 50.
+CACHE_BYTES = 32 * 2**20
 TILE = 128  # rows of a tile in the work orders; block sizes of the kernels divide it or are multiples of it
 
 
@@ -31,6 +34,19 @@ def plan(spans: Spans, keys: int) -> Plan:
     transposed = spans.transpose(keys)
     lo, hi = spans.lo.contiguous(), spans.hi.contiguous()
     return Plan(lo, hi, transposed.lo, transposed.hi, _order(lo, hi), _order(transposed.lo, transposed.hi))
+
+
+def row_stride(plan_rows: Tensor) -> int:
+    """Elements from one batch row of a plan's tensor to the next: 0 where one row serves all."""
+    return 0 if plan_rows.shape[0] == 1 else plan_rows.stride(0)
+
+
+def heads_in_cache(walked_bytes: int, sharing: int, heads: int) -> int:
+    """Of all ``heads`` (times batch) those to run side by side: as many as fit the L2 cache with what they walk along.
+
+    ``sharing`` heads in a row walk along the same ``walked_bytes``.
+    """
+    return max(1, min(heads, sharing * max(1, CACHE_BYTES // max(1, walked_bytes))))
 
 
 def _order(lo: Tensor, hi: Tensor) -> Tensor:

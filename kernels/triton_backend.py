@@ -12,13 +12,11 @@ import triton
 from torch import Tensor
 from triton.runtime import KernelInterface
 
-from ringspan.kernels.plan import TILE, Plan
+from ringspan.kernels.plan import TILE, Plan, heads_in_cache, row_stride
 from ringspan.kernels.triton_backward import dkdv_kernel, dq_kernel
 from ringspan.kernels.triton_forward import forward_kernel
 
 MAX_HEAD_DIM = 256
-# Keys and values that the heads in flight may hold together. An A100's L2 is 40 MiB, an H100's 50.
-_CACHE_BYTES = 32 * 2**20
 
 
 class Config(NamedTuple):
@@ -109,9 +107,9 @@ def forward(
     config, sizes = _configure(FORWARD_LARGE if _capability(q) in LARGE else FORWARD, q)
     arguments = (
         q, k, v, out, lse, before, plan.lo, plan.hi, plan.query_order,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], _row_stride(plan.lo), _row_stride(plan.query_order),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], row_stride(plan.lo), row_stride(plan.query_order),
         queries, keys, batch * heads, heads, heads // kv_heads,
-        _chunk(_head_bytes(k), heads // kv_heads, batch * heads), *_coefficients(scale, softcap),
+        heads_in_cache(_head_bytes(k), heads // kv_heads, batch * heads), *_coefficients(scale, softcap),
     )  # fmt: skip
     constants = {**sizes, "SOFTCAP": bool(softcap), "MERGE": into is not None, "IN_PLACE": in_place}
     _launch(forward_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
@@ -150,8 +148,8 @@ def backward(
     large, softcapped = _capability(q) in LARGE, bool(softcap)
     config, sizes = _configure((DQ_LARGE if large else DQ) | (DQ_SOFTCAP if softcapped else {}), q)
     arguments = (
-        *inputs, dq, plan.lo, plan.hi, plan.query_order, *strides, _row_stride(plan.lo), _row_stride(plan.query_order),
-        queries, keys, batch * heads, heads, group, _chunk(_head_bytes(k), group, batch * heads), *coefficients,
+        *inputs, dq, plan.lo, plan.hi, plan.query_order, *strides, row_stride(plan.lo), row_stride(plan.query_order),
+        queries, keys, batch * heads, heads, group, heads_in_cache(_head_bytes(k), group, batch * heads), *coefficients,
     )  # fmt: skip
     constants = {**sizes, "SOFTCAP": softcapped, "ACCUMULATE": given[0]}
     _launch(dq_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
@@ -159,8 +157,8 @@ def backward(
     config, sizes = _configure((DKDV_LARGE if large else DKDV) | (DKDV_SOFTCAP if softcapped else {}), q)
     arguments = (
         *inputs, dk, dv, plan.query_lo, plan.query_hi, plan.key_order, *strides,
-        _row_stride(plan.query_lo), _row_stride(plan.key_order), queries, keys, batch * kv_heads, kv_heads, group,
-        _chunk(_head_bytes(q) * group, 1, batch * kv_heads), *coefficients,
+        row_stride(plan.query_lo), row_stride(plan.key_order), queries, keys, batch * kv_heads, kv_heads, group,
+        heads_in_cache(_head_bytes(q) * group, 1, batch * kv_heads), *coefficients,
     )  # fmt: skip
     constants = {**sizes, "SOFTCAP": softcapped, "ADD_DK": given[1], "ADD_DV": given[2]}
     _launch(dkdv_kernel, config, batch * kv_heads * _blocks(keys, config.block_n), arguments, constants)
@@ -194,14 +192,6 @@ def _blocks(rows: int, block: int) -> int:
     return triton.cdiv(rows, TILE) * (TILE // block)
 
 
-def _chunk(walked_bytes: int, sharing: int, pairs: int) -> int:
-    """(batch, head) pairs to run side by side: as many as fit the L2 cache with what they walk along.
-
-    `sharing` pairs in a row walk along the same `walked_bytes`.
-    """
-    return max(1, min(pairs, sharing * max(1, _CACHE_BYTES // max(1, walked_bytes))))
-
-
 def _head_bytes(x: Tensor) -> int:
     """Bytes of one head of one batch row of x and its companion: k and v, or q and dout."""
     return 2 * x.shape[1] * x.shape[3] * x.element_size()
@@ -212,11 +202,6 @@ def _coefficients(scale: float, softcap: float) -> tuple[float, float]:
     if scale < 0:
         raise ValueError(f"scale={scale}: the Triton kernels need scale >= 0; negate q instead")
     return (scale / softcap, softcap * log2(e)) if softcap else (1.0, scale * log2(e))
-
-
-def _row_stride(plan_rows: Tensor) -> int:
-    """Elements from one batch row of a plan's tensor to the next: 0 where one row serves all."""
-    return 0 if plan_rows.shape[0] == 1 else plan_rows.stride(0)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100  # the label of a token that carries no loss
+from ringspan.train.packing import IGNORE
+
 LOGITS_OF_A_CHUNK = 2**28  # 1 GiB in fp32
 ROWS_OF_A_CHUNK = 8192  # beyond this a matrix product gains nothing, whatever the vocabulary
 
