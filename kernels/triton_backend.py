@@ -4,7 +4,6 @@ bf16, fp16 and fp32, head dims up to 256 (padded to a power of two inside the ke
 """
 
 import os
-from math import e, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +11,12 @@ import triton
 from torch import Tensor
 from triton.runtime import KernelInterface
 
+from ringspan.kernels.launch import launch
 from ringspan.kernels.plan import TILE, Plan, heads_in_cache, row_stride
 from ringspan.kernels.triton_backward import dkdv_kernel, dq_kernel
 from ringspan.kernels.triton_forward import forward_kernel
+from ringspan.kernels.triton_split import is_short, split_forward
+from ringspan.kernels.triton_tiles import coefficients
 
 MAX_HEAD_DIM = 256
 
@@ -104,12 +106,15 @@ def forward(
     out = before if into is None or in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, device=q.device) if into is None else into[1]
     _check(before, lse)
+    if is_short(q, k):
+        split_forward(q, k, v, plan, out, lse, None if into is None else before, scale=scale, softcap=softcap)
+        return out, lse
     config, sizes = _configure(FORWARD_LARGE if _capability(q) in LARGE else FORWARD, q)
     arguments = (
         q, k, v, out, lse, before, plan.lo, plan.hi, plan.query_order,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], row_stride(plan.lo), row_stride(plan.query_order),
         queries, keys, batch * heads, heads, heads // kv_heads,
-        heads_in_cache(_head_bytes(k), heads // kv_heads, batch * heads), *_coefficients(scale, softcap),
+        heads_in_cache(_head_bytes(k), heads // kv_heads, batch * heads), *coefficients(scale, softcap),
     )  # fmt: skip
     constants = {**sizes, "SOFTCAP": bool(softcap), "MERGE": into is not None, "IN_PLACE": in_place}
     _launch(forward_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
@@ -143,13 +148,13 @@ def backward(
     group = heads // kv_heads
     inputs = (dout, q, k, v, lse, delta)
     strides = tuple(stride for x in (dout, q, k, v) for stride in x.stride()[:3])
-    coefficients = (*_coefficients(scale, softcap), scale)
+    factors = (*coefficients(scale, softcap), scale)
 
     large, softcapped = _capability(q) in LARGE, bool(softcap)
     config, sizes = _configure((DQ_LARGE if large else DQ) | (DQ_SOFTCAP if softcapped else {}), q)
     arguments = (
         *inputs, dq, plan.lo, plan.hi, plan.query_order, *strides, row_stride(plan.lo), row_stride(plan.query_order),
-        queries, keys, batch * heads, heads, group, heads_in_cache(_head_bytes(k), group, batch * heads), *coefficients,
+        queries, keys, batch * heads, heads, group, heads_in_cache(_head_bytes(k), group, batch * heads), *factors,
     )  # fmt: skip
     constants = {**sizes, "SOFTCAP": softcapped, "ACCUMULATE": given[0]}
     _launch(dq_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
@@ -158,7 +163,7 @@ def backward(
     arguments = (
         *inputs, dk, dv, plan.query_lo, plan.query_hi, plan.key_order, *strides,
         row_stride(plan.query_lo), row_stride(plan.key_order), queries, keys, batch * kv_heads, kv_heads, group,
-        heads_in_cache(_head_bytes(q) * group, 1, batch * kv_heads), *coefficients,
+        heads_in_cache(_head_bytes(q) * group, 1, batch * kv_heads), *factors,
     )  # fmt: skip
     constants = {**sizes, "SOFTCAP": softcapped, "ADD_DK": given[1], "ADD_DV": given[2]}
     _launch(dkdv_kernel, config, batch * kv_heads * _blocks(keys, config.block_n), arguments, constants)
@@ -170,8 +175,8 @@ def _launch(
 ) -> None:
     if programs == 0:
         return
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+    device = arguments[0].get_device()
+    launch(kernel, (programs,), arguments, constants, device, num_warps=config.warps, num_stages=config.stages)
 
 
 def _configure(table: dict[tuple[int, int], Config], q: Tensor) -> tuple[Config, dict[str, int]]:
@@ -195,13 +200,6 @@ def _blocks(rows: int, block: int) -> int:
 def _head_bytes(x: Tensor) -> int:
     """Bytes of one head of one batch row of x and its companion: k and v, or q and dout."""
     return 2 * x.shape[1] * x.shape[3] * x.element_size()
-
-
-def _coefficients(scale: float, softcap: float) -> tuple[float, float]:
-    """(inner, outer) of the kernels: see triton_tiles."""
-    if scale < 0:
-        raise ValueError(f"scale={scale}: the Triton kernels need scale >= 0; negate q instead")
-    return (scale / softcap, softcap * log2(e)) if softcap else (1.0, scale * log2(e))
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

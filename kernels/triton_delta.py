@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ringspan.kernels.launch import launch
+
 ROWS = 64  # of a program: 16 KiB of each input at head dim 128
 
 
@@ -38,9 +40,11 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
         return result
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    with torch.cuda.device_of(out):
-        delta_kernel[(triton.cdiv(queries, ROWS), batch * heads)](
-            dout, out.contiguous(), dlse, result, *dout.stride()[:3], queries, heads,
-            head_dim, triton.next_power_of_2(head_dim), ROWS, dlse is not None,
-        )  # fmt: skip
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "ROWS": ROWS, "HAS_DLSE": dlse is not None,
+    }  # fmt: skip
+    arguments = (
+        dout, out.contiguous(), result if dlse is None else dlse, result, *dout.stride()[:3], queries, heads,
+    )  # fmt: skip
+    launch(delta_kernel, (triton.cdiv(queries, ROWS), batch * heads), arguments, constants, out.get_device())
     return result

@@ -24,7 +24,7 @@ FLOOR: tl.constexpr = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _attend(
+def attend(
     acc, top, total, q, k, v, stride_ks, stride_vs, key, keys, lows, highs, inner, outer,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _attend(
 
 
 @triton.jit
-def _merge_weights(total, block_lse, before_lse):
+def merge_weights(total, block_lse, before_lse):
     """(weight of what was there, weight of acc, lse of both); rows without keys stay what they were, to the bit."""
     some = total > 0
     top = tl.maximum(before_lse, block_lse)
@@ -95,13 +95,13 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.range(0, blocks - full):
         key = begin + tl.where(i < left, i, i + full) * BLOCK_N
-        acc, top, total = _attend(
+        acc, top, total = attend(
             acc, top, total, q_tile, k, v, stride_ks, stride_vs, key, keys, lows, highs, inner, outer,
             HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
         )  # fmt: skip
     for i in tl.range(0, full):
         key = begin + (left + i) * BLOCK_N
-        acc, top, total = _attend(
+        acc, top, total = attend(
             acc, top, total, q_tile, k, v, stride_ks, stride_vs, key, keys, lows, highs, inner, outer,
             HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
         )  # fmt: skip
@@ -114,7 +114,7 @@ def forward_kernel(
     row_lse = tl.where(total > 0, (top + tl.log2(safe_total)) * LN2, float("-inf"))
     if MERGE:
         before_lse = tl.load(lse, mask=index < queries, other=float("-inf"))
-        keep, share, row_lse = _merge_weights(total, row_lse, before_lse)
+        keep, share, row_lse = merge_weights(total, row_lse, before_lse)
         old = tl.load(tile_pointers(before + offset, heads * HEAD_DIM, row, BLOCK_M, BLOCK_D), mask=inside, other=0.0)
         acc = acc * share[:, None] + old * keep[:, None]
     else:

@@ -4,12 +4,21 @@ Kernels work on scores in base 2: s = outer * x, where x is q.k, or tanh(inner *
 p = exp2(s - lse * log2(e)). `outer` is (softcap or scale) * log2(e), `inner` is scale / softcap.
 """
 
+from math import e, log2
+
 import triton
 import triton.language as tl
 
 TILE: tl.constexpr = tl.constexpr(128)  # of the plan's orders; a BLOCK of rows divides it
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+def coefficients(scale: float, softcap: float) -> tuple[float, float]:
+    """(inner, outer) of the kernels. ValueError: scale below 0."""
+    if scale < 0:
+        raise ValueError(f"scale={scale}: the Triton kernels need scale >= 0; negate q instead")
+    return (scale / softcap, softcap * log2(e)) if softcap else (1.0, scale * log2(e))
 
 
 @triton.jit

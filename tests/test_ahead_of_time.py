@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from unittest import mock
 
 import ahead_of_time
 import pytest
@@ -14,6 +15,9 @@ import torch
 import triton
 from ahead_of_time import Report
 
+from ringspan.kernels import triton_split
+from ringspan.kernels.plan import plan
+from ringspan.kernels.spans import Spans
 from ringspan.kernels.triton_backend import Config
 from ringspan.kernels.triton_delta import ROWS, delta_kernel
 
@@ -82,3 +86,17 @@ def test_delta_fits_without_spills(capability):  # type: ignore[no-untyped-def]
     constants = {"HEAD_DIM": 128, "BLOCK_D": 128, "ROWS": ROWS, "HAS_DLSE": True}
     launch = ahead_of_time.Launch(delta_kernel, Config(0, 0, warps=4, stages=3), 2, arguments, constants)
     assert ahead_of_time.build(launch, capability).stack == 0
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_few_queries_fit_without_spills(capability):  # type: ignore[no-untyped-def]
+    q, k = torch.zeros(1, 1, 32, 128, dtype=torch.bfloat16), torch.zeros(1, 2048, 8, 128, dtype=torch.bfloat16)
+    with mock.patch.object(triton_split, "launch") as launched:
+        mask = plan(Spans.causal(1, 2048), 2048)
+        triton_split.split_forward(q, k, k, mask, q, torch.zeros(1, 32, 1), q.float(), scale=0.1, softcap=0.0)
+    for call in launched.call_args_list:
+        kernel, _, arguments, constants, _ = call.args
+        config = Config(0, 0, call.kwargs["num_warps"], call.kwargs.get("num_stages", 3))
+        report = ahead_of_time.build(ahead_of_time.Launch(kernel, config, 1, arguments, constants), capability)
+        assert report.stack == 0
+        assert report.shared <= SHARED[capability]

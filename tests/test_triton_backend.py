@@ -40,6 +40,14 @@ CASES = {
     "no keys": Case("none", queries=3, keys=0),
     "no queries": Case("none", queries=0, keys=3),
 }
+SHORT = {
+    "one query": Case("causal", HALF, queries=1, keys=700, heads=4, kv_heads=2),
+    "random": Case(queries=5, keys=150, batch=2, heads=4, kv_heads=2, head_dim=40, seed=1),
+    "window": Case("window", queries=16, keys=400, heads=2, softcap=5.0),
+    "ring step": Case(into=True, queries=9, keys=260, heads=3, seed=1),
+    "last ring step": Case("causal", HALF, into=True, queries=3, keys=200, seed=2),
+    "no key is seen": Case("none", queries=3, keys=5, into=True),
+}
 
 
 def _version(module: ModuleType) -> tuple[int, ...]:
@@ -62,6 +70,11 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 @pytest.mark.parametrize("name", CASES)
 def test_against_float64(interpreted, name):  # type: ignore[no-untyped-def]
     interpreted(triton_cases.check, CASES[name], "cpu", 64)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_few_queries(interpreted, name):  # type: ignore[no-untyped-def]
+    interpreted(triton_cases.check_split, SHORT[name], "cpu")
 
 
 def test_tiles_smaller_than_the_plans(interpreted):  # type: ignore[no-untyped-def]

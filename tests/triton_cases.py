@@ -11,7 +11,7 @@ import torch
 from reference import attention_reference, naive_attention
 from torch import Tensor
 
-from ringspan.kernels import triton_backend
+from ringspan.kernels import triton_backend, triton_split
 from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.spans import Spans
 from ringspan.kernels.triton_delta import delta
@@ -46,6 +46,16 @@ def check(case: Case, device: str, block: int | None = None) -> None:
             for table in (triton_backend.FORWARD, triton_backend.DQ, triton_backend.DKDV):
                 stack.enter_context(mock.patch.dict(table, dict.fromkeys(table, config)))
         _check(case, device)
+
+
+def check_split(case: Case, device: str) -> None:
+    """``check`` where few keys are enough for splitting them."""
+    with (
+        mock.patch.multiple(triton_split, MIN_KEYS=1, BLOCKS=1),
+        mock.patch.object(triton_backend, "split_forward", wraps=triton_split.split_forward) as split,
+    ):
+        _check(case, device)
+    assert split.called, case
 
 
 def _check(case: Case, device: str) -> None:
