@@ -66,9 +66,10 @@ def attention_forward(
     """(out, lse) of one block of keys, merged into what earlier blocks gave; not differentiable.
 
     ``into`` is (out, lse) in the accumulator's dtype (fp32; fp64 for fp64 inputs). Its lse is updated in place; its
-    out too when ``out_dtype`` (default q's) is its dtype, else the result is a new tensor of ``out_dtype``.
+    out too when ``out_dtype`` (default q's) is its dtype, else the result is a new tensor of ``out_dtype``. ``backend``
+    is "auto", or what ``pick_backend`` gave for the whole call: a ring does not ask again at each block.
     """
-    module = _backend(pick_backend(backend, q, k, v))
+    module = _backend(pick_backend(backend, q, k, v) if backend == "auto" else backend)
     return module.forward(
         q, k, v, plan, scale=scale, softcap=softcap, into=into, out_dtype=q.dtype if out_dtype is None else out_dtype
     )
@@ -104,7 +105,7 @@ def attention_backward(
     A gradient that is given (accumulator's dtype, contiguous) is added to in place; one that is None comes back
     new, in its input's dtype. dk and dv sum the query heads of their group in a fixed order.
     """
-    module = _backend(pick_backend(backend, q, k, v))
+    module = _backend(pick_backend(backend, q, k, v) if backend == "auto" else backend)
     return module.backward(dout, q, k, v, lse, delta, plan, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
 
 

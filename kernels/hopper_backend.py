@@ -4,6 +4,7 @@ The kernels move every tensor by TMA (4-D descriptors), which needs strides that
 made by PyTorch and views of a fused q, k, v projection have them. `supports` says what does not fit.
 """
 
+import functools
 from math import e, log2
 from typing import Any, NamedTuple
 
@@ -16,7 +17,9 @@ from triton.runtime import KernelInterface
 
 from ringspan.kernels.hopper_backward import backward_kernel, statistics_kernel
 from ringspan.kernels.hopper_forward import forward_kernel
+from ringspan.kernels.launch import launch, processors
 from ringspan.kernels.plan import TILE, Plan, heads_in_cache, row_stride
+from ringspan.kernels.triton_split import is_short, split_forward
 
 _SWIZZLED = {bits: NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4) for bits in (16, 32)}
 
@@ -28,8 +31,6 @@ class ForwardConfig(NamedTuple):
     block_n: int
     stages: int
     registers: int
-    turns: bool  # consumers take turns at the tensor cores
-    peel: bool  # masked tiles have their own loops; else the mask is tested in one
 
 
 class BackwardConfig(NamedTuple):
@@ -42,11 +43,18 @@ class BackwardConfig(NamedTuple):
 
 # By head dim. All compile to zero spills and asynchronous matrix products (tests/test_hopper_ahead_of_time.py); of
 # those, the fastest that were tried on an H100.
-FORWARD = {
-    64: ForwardConfig(consumers=3, block_n=128, stages=3, registers=160, turns=False, peel=True),
-    128: ForwardConfig(consumers=2, block_n=128, stages=2, registers=240, turns=True, peel=False),
+FORWARD = {64: ForwardConfig(3, 128, 3, 160), 128: ForwardConfig(2, 128, 2, 240)}
+FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, 240)}
+# By head dim, and whether there is a softcap, whose derivative needs registers.
+BACKWARD = {
+    (64, False): BackwardConfig(128, 128, 2),
+    (64, True): BackwardConfig(64, 128, 2),
+    (128, False): BackwardConfig(64, 128, 2),
+    (128, True): BackwardConfig(64, 128, 2),
 }
-BACKWARD = {64: BackwardConfig(64, 128, 2), 128: BackwardConfig(64, 128, 2)}
+# Heads are worked on in sections. In each, long tiles go first: with fewer of them than this (4 for each of an H100's
+# 132 multiprocessors), the long ones of the last section end late: at 32/8 heads and 4K that cost a fifth of the speed.
+BACKWARD_SECTION = 528
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -89,21 +97,27 @@ def forward(
         return out.zero_(), lse.fill_(-torch.inf)
     if keys == 0 or q.numel() == 0:
         return (out if old is None or in_place else out.copy_(old)), lse
-    config = FORWARD[dim]
+    if is_short(q, k):
+        split_forward(q, k, v, plan, out, lse, old, scale=scale, softcap=softcap)
+        return out, lse
+    config = (FORWARD_SOFTCAP if softcap else FORWARD)[dim]
     block_m = 64 * config.consumers
     score_scale, bend = _coefficients(scale, softcap)
+    out_tiles = _rows(out, 64)
+    work = batch * heads * triton.cdiv(queries, block_m)
     _launch(
         forward_kernel,
-        batch * heads * triton.cdiv(queries, block_m),
+        min(work, processors(q.get_device())),
         (
-            _rows(q, 64), _rows(k, config.block_n), _rows(v, config.block_n), _rows(out, 64),
-            _rows(out if old is None else old, 64), lse, plan.lo, plan.hi, plan.query_order,
-            row_stride(plan.lo), row_stride(plan.query_order), queries, keys, heads, heads // kv_heads,
-            batch * heads, heads_in_cache(4 * keys * dim, heads // kv_heads, batch * heads), score_scale, bend,
+            _rows(q, 64), _rows(k, config.block_n), _rows(v, config.block_n), out_tiles,
+            out_tiles if old is None else _rows(old, 64), lse, plan.lo, plan.hi, plan.query_order,
+            torch.zeros(1, dtype=torch.int32, device=q.device), row_stride(plan.lo), row_stride(plan.query_order),
+            queries, keys, heads, heads // kv_heads, batch * heads,
+            heads_in_cache(4 * keys * dim, heads // kv_heads, batch * heads), score_scale, bend,
         ),
         {
-            "NC": config.consumers, "BN": config.block_n, "D": dim, "STAGES": config.stages, "TURNS": config.turns,
-            "PEEL": config.peel, "MERGE": into is not None, "SOFTCAP": bool(softcap), "ORDERED": block_m == TILE,
+            "NC": config.consumers, "BN": config.block_n, "D": dim, "STAGES": config.stages,
+            "MERGE": into is not None, "SOFTCAP": bool(softcap), "ORDERED": block_m == TILE,
             "REGISTERS": config.registers,
         },
         num_warps=4,
@@ -125,8 +139,15 @@ def backward(
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of ``attention_backward``, whose contract this is. ValueError: scale below 0."""
+    """(dq, dk, dv) of ``attention_backward``, whose contract this is. ValueError: scale below 0.
+
+    dk and dv are the same bits each time. With ``deterministic`` so is dq, whose sum over tiles of keys then has a
+    fixed order, which costs a sixth to a fifth of the speed; else tiles add as they come. By default it is what
+    ``torch.use_deterministic_algorithms`` was told.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     empty = q.numel() == 0 or k.numel() == 0
     wanted = [(q, dq), (k, dk), (v, dv)]
     # dq is a sum over tiles of keys. dk and dv are written once: only if one of them is given are both added to.
@@ -140,19 +161,19 @@ def backward(
     if not empty:
         dout = dout.to(q.dtype)
         dout = dout if _fits_tma(dout) else dout.contiguous()
-        _backward(dout, q, k, v, lse, delta, plan, scale, softcap, *sums)
+        _backward(dout, q, k, v, lse, delta, plan, scale, softcap, deterministic, *sums)
     dq, dk, dv = (total.to(x.dtype) if given is None else total for total, (x, given) in zip(sums, wanted, strict=True))
     return dq, dk, dv
 
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, plan: Plan, scale: float,
-    softcap: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    softcap: float, deterministic: bool, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    config = BACKWARD[dim]
+    config = BACKWARD[dim, bool(softcap)]
     assert config.block_n == TILE, "key tiles run in the plan's order"
     _check_statistic(lse)
     _check_statistic(delta)
@@ -161,27 +182,39 @@ def _backward(
     padded = triton.cdiv(queries, TILE) * TILE
     assert 2 * batch * heads * padded < 2**31, f"{batch} x {heads} heads x {queries} queries: TMA counts in int32"
     statistics = torch.empty(2, batch * heads, padded, device=q.device)
-    with torch.cuda.device_of(q):
-        statistics_kernel[(batch * heads, triton.cdiv(padded, 1024))](
-            lse, delta, statistics, queries, padded, scale if fold else 1.0, BLOCK=1024
-        )
-    flat = TensorDescriptor(
+    factor = scale if fold else 1.0
+    grid = (batch * heads, triton.cdiv(padded, 1024))
+    launch(
+        statistics_kernel,
+        grid,
+        (lse, delta, statistics, queries, padded, factor),
+        {"BLOCK": 1024},
+        q.get_device(),
+    )
+    flat = _Tiles(
         statistics, [statistics.numel()], [1], [config.block_m], NVMMASharedLayout(0, element_bitwidth=32, rank=1)
     )
     score_scale, bend = _coefficients(scale, softcap)
+    key_tiles = triton.cdiv(keys, config.block_n)
+    section = max(
+        heads_in_cache(8 * queries * dim * group, 1, batch * kv_heads),
+        min(batch * kv_heads, triton.cdiv(BACKWARD_SECTION, key_tiles)),
+    )
+    turn = plan.key_order  # any int32: it is not touched
+    if deterministic:
+        turn = torch.zeros(batch * heads * triton.cdiv(queries, config.block_m), dtype=torch.int32, device=q.device)
     _launch(
         backward_kernel,
-        batch * kv_heads * triton.cdiv(keys, config.block_n),
+        batch * kv_heads * key_tiles,
         (
             _rows(q, config.block_m), _rows(dout, config.block_m), _rows(k, config.block_n), _rows(v, config.block_n),
             flat, _rows(dq, config.block_m), _rows(dk, config.block_n), _rows(dv, config.block_n),
-            plan.query_lo, plan.query_hi, plan.key_order, row_stride(plan.query_lo), row_stride(plan.key_order),
-            queries, keys, kv_heads, group, batch * kv_heads,
-            heads_in_cache(8 * queries * dim * group, 1, batch * kv_heads), padded, score_scale, bend, scale,
+            plan.query_lo, plan.query_hi, plan.key_order, turn, row_stride(plan.query_lo), row_stride(plan.key_order),
+            queries, keys, kv_heads, group, batch * kv_heads, section, padded, score_scale, bend, scale,
         ),
         {
             "BM": config.block_m, "BN": config.block_n, "D": dim, "STAGES": config.stages,
-            "SOFTCAP": bool(softcap), "FOLD": fold,
+            "SOFTCAP": bool(softcap), "FOLD": fold, "DETERMINISTIC": deterministic,
         },
         num_warps=8,
     )  # fmt: skip
@@ -190,25 +223,42 @@ def _backward(
 def _launch(
     kernel: KernelInterface[Any], programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int
 ) -> None:
-    with torch.cuda.device_of(arguments[0].base):
-        # Triton 3.10 changes the default of enable_fp_fusion, and score * scale - max must stay one instruction.
-        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=True)
+    # Triton 3.10 changes the default of enable_fp_fusion, and score * scale - max must stay one instruction.
+    device = arguments[0].base.get_device()
+    launch(kernel, (programs,), arguments, constants, device, num_warps=num_warps, enable_fp_fusion=True)
+
+
+class _Tiles(TensorDescriptor):
+    def __post_init__(self) -> None:
+        """Nothing is checked again: `_fits_tma` has, and Triton's own checks cost 20 us a launch."""
 
 
 def _rows(x: Tensor, rows: int) -> TensorDescriptor:
     """Tiles of so many rows of one head of x (batch, length, heads, dim): zeros past the end of a sequence."""
-    assert _fits_tma(x), f"strides {x.stride()}, offset {x.storage_offset()}"
+    size = x.element_size()
+    shape, strides, block = _tiling(x.shape, x.stride(), size, rows)
+    return _Tiles(x, shape, strides, block, _SWIZZLED[8 * size])
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiling(shape: torch.Size, strides: tuple[int, ...], size: int, rows: int) -> tuple[list[int], ...]:
+    """Shape, strides and block of a descriptor."""
+    assert _strides_fit(shape, strides, size), f"shape {shape}, strides {strides}"
     # The stride of a dim of size 1 is never used, but checked: PyTorch puts anything there.
-    strides = [x.shape[3] if n == 1 else stride for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    block = [1, rows, 1, x.shape[3]]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, _SWIZZLED[8 * x.element_size()])
+    used = [shape[3] if n == 1 else stride for n, stride in zip(shape[:3], strides[:3], strict=True)]
+    return list(shape), [*used, 1], [1, rows, 1, shape[3]]
 
 
 def _fits_tma(x: Tensor) -> bool:
     """Strides and address are multiples of 16 bytes, the last dim is contiguous, and nothing is expanded."""
     size = x.element_size()
-    steps = [stride * size for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    return x.stride(-1) == 1 and all(step and step % 16 == 0 for step in steps) and x.storage_offset() * size % 16 == 0
+    return x.data_ptr() % 16 == 0 and _strides_fit(x.shape, x.stride(), size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides_fit(shape: torch.Size, strides: tuple[int, ...], size: int) -> bool:
+    steps = [stride * size for n, stride in zip(shape[:-1], strides[:-1], strict=True) if n > 1]
+    return strides[-1] == 1 and all(step and step % 16 == 0 for step in steps)
 
 
 def _check_statistic(x: Tensor) -> None:

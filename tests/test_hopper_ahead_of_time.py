@@ -34,7 +34,9 @@ class Report(NamedTuple):
     ptx: str
 
 
-def record(head_dim: int, dtype: torch.dtype, softcap: float, into: bool, out_dtype: torch.dtype) -> dict[str, Any]:
+def record(
+    head_dim: int, dtype: torch.dtype, softcap: float, into: bool, out_dtype: torch.dtype, deterministic: bool
+) -> dict[str, Any]:
     """The launches of a forward and a backward pass by kernel name; `into`: merged, and gradients added to."""
     q = torch.zeros(2, 300, 4, head_dim, dtype=dtype)
     k = torch.zeros(2, 300, 2, head_dim, dtype=dtype)
@@ -45,8 +47,9 @@ def record(head_dim: int, dtype: torch.dtype, softcap: float, into: bool, out_dt
         before = (q.float(), lse) if into else None
         hopper_backend.forward(q, k, k, mask, scale=0.1, softcap=softcap, into=before, out_dtype=out_dtype)
         hopper_backend.backward(
-            q, q, k, k, lse, lse, mask, scale=0.1, softcap=softcap, dq=given[0], dk=given[1], dv=given[2]
-        )
+            q, q, k, k, lse, lse, mask,
+            scale=0.1, softcap=softcap, dq=given[0], dk=given[1], dv=given[2], deterministic=deterministic,
+        )  # fmt: skip
     return {call.args[0].fn.__name__: call for call in launch.call_args_list}
 
 
@@ -98,16 +101,16 @@ def check(report: Report) -> None:
 
 
 CASES = [
-    (torch.bfloat16, 0.0, False, torch.bfloat16),
-    (torch.bfloat16, 0.0, True, torch.float32),
-    (torch.float16, 3.0, True, torch.float16),
+    (torch.bfloat16, 0.0, False, torch.bfloat16, False),
+    (torch.bfloat16, 0.0, True, torch.float32, True),
+    (torch.float16, 3.0, True, torch.float16, False),
 ]
 
 
 @pytest.mark.parametrize("head_dim", [128, 64])
-@pytest.mark.parametrize("dtype, softcap, into, out_dtype", CASES)
-def test_what_is_launched_compiles_well(head_dim, dtype, softcap, into, out_dtype):
-    launches = record(head_dim, dtype, softcap, into, out_dtype)
+@pytest.mark.parametrize("dtype, softcap, into, out_dtype, deterministic", CASES)
+def test_what_is_launched_compiles_well(head_dim, dtype, softcap, into, out_dtype, deterministic):
+    launches = record(head_dim, dtype, softcap, into, out_dtype, deterministic)
     forward, backward = build(launches["forward_kernel"]), build(launches["backward_kernel"])
     check(forward)
     assert count(forward.sass, "UTMASTG") > 0, "out leaves by TMA, which stops at the end of each sequence"

@@ -36,6 +36,7 @@ class Case:
     into: bool = False  # merge with earlier blocks, and add to given gradients
     fused: bool = False  # q, k and v are views of one projection
     forward_only: bool = False
+    deterministic: bool = False
     seed: int = 0
 
 
@@ -129,7 +130,7 @@ def run(case: Case) -> dict[str, float]:
     torch.full((64 * 2**20,), float("nan"), device="cuda")
     grads = hopper_backend.backward(
         dout, q, k, v, want_lse.detach().float().contiguous(), delta, mask,
-        scale=scale, softcap=case.softcap, dq=sums[0], dk=sums[1], dv=sums[2],
+        scale=scale, softcap=case.softcap, dq=sums[0], dk=sums[1], dv=sums[2], deterministic=case.deterministic,
     )  # fmt: skip
     torch.cuda.synchronize()
     for name, x, truth, first in zip(("dq", "dk", "dv"), grads, exact, start, strict=True):
@@ -157,6 +158,8 @@ def shapes(head_dim: int) -> list[Case]:
     cases += [replace(c, into=True, seed=s) for c in cases[9:] for s in (1, 2)]
     cases += [replace(base, queries=500, keys=500, heads=4, kv_heads=2, fused=True, batch=2, mask=m, dtype=d)
               for m in ("causal", "packed") for d in (torch.float16, torch.bfloat16)]  # fmt: skip
+    cases += [replace(base, queries=900, keys=1200, heads=4, kv_heads=2, batch=2, mask=m, deterministic=True, seed=s)
+              for m in MASKS for s in (1, 2)]  # fmt: skip
     cases += [replace(base, queries=333, keys=333, softcap=c, mask=m, into=i) for c in (2.0, 30.0)
               for m in ("causal", "random") for i in (False, True)]  # fmt: skip
     return cases
@@ -180,14 +183,14 @@ def fuzz(n: int, seed: int) -> list[Case]:
                 head_dim=draw(64, 128), queries=queries, keys=queries if fused else length(), fused=fused,
                 heads=kv_heads * draw(1, 2, 5), kv_heads=kv_heads, batch=draw(1, 2, 3), mask=draw(*MASKS),
                 dtype=draw(torch.bfloat16, torch.float16), softcap=draw(0.0, 0.0, 5.0), into=draw(False, True),
-                seed=seed * 10**6 + i,
+                deterministic=draw(False, True), seed=seed * 10**6 + i,
             )
         )  # fmt: skip
     return cases
 
 
 def repeat(times: int) -> None:
-    """The forward pass and dk, dv give the same bits again and again, whatever the order blocks run in."""
+    """The forward pass and the deterministic backward give the same bits again and again, whatever runs first."""
     for head_dim in (128, 64):
         case = Case(head_dim=head_dim, queries=2000, keys=2000, heads=8, kv_heads=2, batch=2, mask="packed")
         generator = torch.Generator().manual_seed(5)
@@ -197,12 +200,14 @@ def repeat(times: int) -> None:
         for i in range(times):
             out, lse = hopper_backend.forward(q, k, v, mask, scale=0.1, softcap=0.0, into=None, out_dtype=q.dtype)
             delta = torch.zeros_like(lse)
+            dq = torch.zeros(q.shape, device=q.device)  # given, so that its bits are compared in fp32
             _, dk, dv = hopper_backend.backward(
-                dout, q, k, v, lse, delta, mask, scale=0.1, softcap=0.0, dq=None, dk=None, dv=None
-            )
-            results = [out, lse, dk, dv]
+                dout, q, k, v, lse, delta, mask,
+                scale=0.1, softcap=0.0, dq=dq, dk=None, dv=None, deterministic=True,
+            )  # fmt: skip
+            results = [out, lse, dq, dk, dv]
             first = first or results
-            for name, x, y in zip(("out", "lse", "dk", "dv"), results, first, strict=True):
+            for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), results, first, strict=True):
                 assert torch.equal(x, y), f"head dim {head_dim}: {name} differs in run {i}"
         print(f"ok     {times} runs of head dim {head_dim} agree to the bit")
 

@@ -1,0 +1,69 @@
+"""What the Hopper kernels share: which tile comes next, which columns it needs, and barriers."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+
+@gluon.jit
+def place_of(work, n_tiles, n_heads, group):
+    """(head, place in its work order) of a work item: `group` heads at a time, so that their keys stay in L2."""
+    section = work // (n_tiles * group)
+    rest = work - section * n_tiles * group
+    width = gl.minimum(group, n_heads - section * group)
+    return section * group + rest % width, rest // width
+
+
+@gluon.jit
+def tile_range(LO, HI, start, SIZE: gl.constexpr, STEP: gl.constexpr, n_rows, n_columns):
+    """(first tile, number of tiles, unmasked from, unmasked to) of the columns that rows start .. start + SIZE need.
+
+    The last two count from the first tile, and no tile is unmasked unless from < to. Bounds are monotone: four do.
+    """
+    last = gl.minimum(start + SIZE, n_rows) - 1
+    lo = gl.load(LO + start)
+    hi = gl.minimum(gl.load(HI + last), n_columns)
+    first = lo // STEP
+    n = gl.where(lo < hi, (hi + STEP - 1) // STEP - first, 0)
+    full_from = (gl.load(LO + last) + STEP - 1) // STEP - first
+    full_to = gl.load(HI + start) // STEP - first
+    return first, n, full_from, full_to
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
+    """N barriers of shared memory, each passed when ARRIVALS have arrived."""
+    many = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(many.index(i), count=ARRIVALS)
+    return many
+
+
+@gluon.jit
+def meet(number, threads):
+    """Waits until so many threads, these among them, have come to a named barrier."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.b32 $0, 0;", "=r,r,r", [number, threads], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pass_by(number, threads):
+    """Counts these threads as come to a named barrier, and goes on."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,r", [number, threads], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pass_after(sums, number, threads):
+    """`pass_by` that cannot come before ``sums`` are known, of the two rows of a thread; none of them is below -1."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; .reg .b32 n; setp.lt.f32 p, $2, 0fBF800000; setp.lt.or.f32 q, $3, 0fBF800000, p; "
+        "selp.b32 n, 0, $4, q; bar.arrive n, $6; mov.b32 $0, 0; mov.b32 $1, 0; }",
+        "=r,=r,r,r,r,r,r,r",
+        [sums, number, threads],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=2,
+    )
