@@ -1,17 +1,20 @@
 """Attention of one device beside its peers, in TFLOP/s: a table, docs/benchmarks/attention.json and a plot of it.
 
-python benchmarks/attention.py                                              # every case: an hour with FlexAttention
-python benchmarks/attention.py --lengths 4096 16384 --heads 16/16 --peers cudnn triton
-python benchmarks/attention.py --masks packed window --dims 128 --rounds 5
+python benchmarks/attention.py                                                # every case: hours with FlexAttention
+python benchmarks/attention.py --only '128 32/8 16384' --peers cudnn fa4      # cases that the expression matches
+python benchmarks/attention.py --only '128 .* window' --rounds 7              # their rows are put into the report
 
-All contestants of a case run in turn, `--rounds` times, and the median of the rounds counts: clocks drift by percents.
-FLOPs are 4 x dim x attended (query, key) pairs x heads, the backward pass is 2.5 times that; ours and peers' backward
-passes include rowsum(dout * out). A peer that is not installed, or cannot run a case, is left out of it.
+All contestants of a case run in turn, in another order each of the `--rounds`, and the median of the rounds counts:
+clocks drift by percents, and what runs after a power-hungry kernel is slowed. FLOPs are 4 x dim x attended (query, key)
+pairs x heads, the backward pass is 2.5 times that; ours and peers' backward passes include rowsum(dout * out). Batch is
+16K tokens or one row, whichever is more. A peer that is not installed, or cannot run a case, is left out of it.
 """
 
 import argparse
 import importlib
 import json
+import random
+import re
 import shlex
 import statistics
 import sys
@@ -40,7 +43,7 @@ Pair = tuple[Run, Run]  # forward, backward
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one comparison; batch is 1. `mask` is causal, full, packed-N (mean document N tokens) or window-N."""
+    """Sizes of one comparison. `mask` is causal, full, packed-N (mean document N tokens) or window-N."""
 
     mask: str
     length: int
@@ -48,10 +51,14 @@ class Case:
     kv_heads: int
     dim: int
 
+    @property
+    def batch(self) -> int:
+        return max(1, 16384 // self.length)
+
 
 @dataclass
 class Inputs:
-    """(1, length, heads, dim) bf16 leaves, the gradient of out, and what the mask is."""
+    """(batch, length, heads, dim) bf16 leaves, the gradient of out, and what the mask is."""
 
     q: Tensor
     k: Tensor
@@ -80,7 +87,7 @@ def make(case: Case) -> Inputs:
         spans = Spans.causal(case.length) if kind == "causal" else Spans.full(case.length, case.length)
 
     def normal(heads: int) -> Tensor:
-        shape = (1, case.length, heads, case.dim)
+        shape = (case.batch, case.length, heads, case.dim)
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
     q, k, v = normal(case.heads), normal(case.kv_heads), normal(case.kv_heads)
@@ -172,7 +179,7 @@ CONTESTANTS: dict[str, Callable[[Case, Inputs], Pair]] = {
 def measure(case: Case, names: list[str], rounds: int) -> dict[str, dict[str, float]]:
     """TFLOP/s by contestant and pass; prints what could not run."""
     x = make(case)
-    flops = 4.0 * case.dim * case.heads * int(x.spans.pairs().sum())
+    flops = 4.0 * case.dim * case.heads * case.batch * int(x.spans.pairs().sum())
     running: dict[str, Pair] = {}
     for name in names:
         try:
@@ -185,11 +192,12 @@ def measure(case: Case, names: list[str], rounds: int) -> dict[str, dict[str, fl
             print(f"  {name} left out: {type(reason).__name__}: {str(reason).splitlines()[0][:100]}", flush=True)
     check_agreement(running)
     seconds: dict[tuple[str, str], list[float]] = {}
+    turns = [(name, what) for name in running for what in ("forward", "backward")]
     for _ in range(rounds):
-        for name, pair in running.items():
-            for what, run in zip(("forward", "backward"), pair, strict=True):
-                took = do_bench(run, warmup=10, rep=80, return_mode="median") * 1e-3
-                seconds.setdefault((name, what), []).append(took)
+        for name, what in random.sample(turns, len(turns)):
+            run = running[name][what == "backward"]
+            took = do_bench(run, warmup=10, rep=50, return_mode="median") * 1e-3
+            seconds.setdefault((name, what), []).append(took)
     weight = {"forward": 1.0, "backward": 2.5}
     return {
         name: {what: weight[what] * flops / statistics.median(seconds[name, what]) * 1e-12 for what in weight}
@@ -208,47 +216,55 @@ def check_agreement(running: dict[str, Pair]) -> None:
             print(f"  {name} differs from {next(iter(outs))} by {off:.1e} of its size", flush=True)
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    for dim in arguments.dims:
-        for heads in arguments.heads:
-            n_heads, kv_heads = map(int, heads.split("/"))
-            for length in arguments.lengths:
-                for mask in arguments.masks:
-                    if mask == "packed":
-                        yield Case(f"packed-{length // 16}", length, n_heads, kv_heads, dim)
-                        yield Case("packed-1024", length, n_heads, kv_heads, dim)
-                    elif mask == "window":
-                        yield from (Case(f"window-{n}", length, n_heads, kv_heads, dim) for n in (1024, 4096))
-                    else:
-                        yield Case(mask, length, n_heads, kv_heads, dim)
+def cases() -> Iterator[Case]:
+    for dim in (128, 64):
+        for heads, kv_heads in ((16, 16), (32, 8)):
+            for mask in ("causal", "full"):
+                yield from (Case(mask, length, heads, kv_heads, dim) for length in (4096, 16384, 65536, 131072))
+            for length, mean in ((32768, 2048), (131072, 8192), (65536, 1024)):
+                yield Case(f"packed-{mean}", length, heads, kv_heads, dim)
+            yield from (Case(f"window-{window}", 65536, heads, kv_heads, dim) for window in (1024, 4096))
+
+
+def label(case: Case) -> str:
+    return f"{case.dim} {case.heads}/{case.kv_heads} {case.length} {case.mask}"
 
 
 def line(case: Case, rates: dict[str, dict[str, float]], names: list[str]) -> str:
-    left = f"{case.dim:>4} {case.heads:>3}/{case.kv_heads:<3} {case.length:>7} {case.mask:<12}"
+    left = f"{label(case):<28}"
     fields = (f"{rates[n]['forward']:>5.0f} {rates[n]['backward']:>5.0f}" if n in rates else " " * 11 for n in names)
     return left + "  ".join(fields)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def read(path: Path) -> dict[str, Any]:
+    """The report so far, if it is of this machine and these versions; else an empty one."""
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version()}
-    machine = {"machine": torch.cuda.get_device_name(), "dtype": "bfloat16", "versions": versions}
-    path.write_text(json.dumps({**machine, "command": shlex.join(sys.argv), "cases": rows}, indent=1) + "\n")
+    fresh = {"machine": torch.cuda.get_device_name(), "dtype": "bfloat16", "versions": versions}
+    report = json.loads(path.read_text()) if path.exists() else {}
+    same = all(report.get(name) == value for name, value in fresh.items())
+    return report if same else {**fresh, "commands": [], "cases": []}
+
+
+def write(path: Path, report: dict[str, Any], row: dict[str, Any]) -> None:
+    """With this row in place of an older one of its sizes; after each case, as a run may be cut short."""
+    report["cases"] = [old for old in report["cases"] if any(old[name] != row[name] for name in SIZES)] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def render(path: Path) -> None:
     """The table and the plot beside a report, from the report alone."""
     report = json.loads(path.read_text())
-    rows = list({str([row[name] for name in SIZES]): row for row in report["cases"]}.values())
+    rows = report["cases"]
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         "# Attention on one device",
         "",
-        f"{report['machine']}, {report['dtype']}, batch 1, {versions}. TFLOP/s forward / backward, medians of",
-        "interleaved rounds, per attended FLOP: causal counts half, packed and window their own. `packed-N` are",
-        "log-normal documents of mean N; in brackets ours over the peer. Written, like the plot, by",
-        f"`python {report['command']}`.",
+        f"{report['machine']}, {report['dtype']}, {versions}. TFLOP/s forward / backward, medians of interleaved",
+        "rounds, per attended FLOP: causal counts half, packed and window their own. `packed-N` are log-normal",
+        "documents of mean N; in brackets ours over the peer. Batch is 16K tokens or one row. Written by",
+        *(f"`python {command}`" for command in report["commands"]),
         "",
         "![TFLOP/s of every case](attention.png)",
         "",
@@ -297,12 +313,9 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dims", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 65536])
-    parser.add_argument("--heads", nargs="+", default=["16/16", "32/8"], help="query heads / kv heads")
-    parser.add_argument("--masks", nargs="+", default=["causal", "full", "packed", "window"])
+    parser.add_argument("--only", default="", help="regular expression over 'DIM HEADS/KV_HEADS LENGTH MASK'")
     parser.add_argument("--peers", nargs="*", default=[name for name in CONTESTANTS if name != "hopper"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks" / "attention.json"
     )
@@ -315,14 +328,16 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         sys.exit("this compares kernels for compute capability 9.0, and there is no such device")
     names = ["hopper", *arguments.peers]
-    print(f"{'dim':>4} {'heads':<7} {'length':>7} {'mask':<12}" + "  ".join(f"{name:^11}" for name in names))
-    rows: list[dict[str, Any]] = []
-    for case in dict.fromkeys(cases(arguments)):
+    print(f"{'dim heads length mask':<28}" + "  ".join(f"{name:^11}" for name in names))
+    report = read(arguments.out)
+    report["commands"].append(shlex.join(sys.argv))
+    for case in cases():
+        if not re.search(arguments.only, label(case)):
+            continue
         rates = measure(case, names, arguments.rounds)
         print(line(case, rates, names), flush=True)
         valued = {name: {**rate, "unit": "TFLOP/s"} for name, rate in rates.items()}
-        rows.append({**asdict(case), "ours": valued.pop("hopper", {}), "peers": valued})
-        write(arguments.out, rows)  # after each case: a run that is cut short keeps what it has
+        write(arguments.out, report, {**asdict(case), "ours": valued.pop("hopper", {}), "peers": valued})
     render(arguments.out)
 
 
