@@ -1,23 +1,36 @@
-"""How keys travel between the ranks of a ring. A new wire is a new class with the same two verbs."""
+"""How pairs of tensors, keys and values or their gradients, travel between the ranks of a ring.
 
-from collections.abc import Sequence
+A new wire is a new class with one verb, `exchange`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol, cast
 
+import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-Parcel = tuple[Tensor, int]  # a contiguous tensor, and the group rank that it goes to or comes from
+from ringspan.parallel import copy_engine
+from ringspan.parallel.copy_engine import Lane, Pair
+from ringspan.parallel.watchdog import TransportError, Wait
 
 
 class Exchange(Protocol):
-    def wait(self) -> None:
-        """Until then neither what was sent may be written nor what was received be read."""
+    def wait(self) -> Pair:
+        """What has come in, good until ``done``. From here on what was sent may be written again."""
+
+    def done(self) -> None:
+        """What came in has been read, by work that has been issued."""
 
 
 class Transport(Protocol):
-    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Exchange:
-        """Start all of them, and return at once. Between two ranks parcels arrive in the order they were sent."""
+    """One lane between the ranks of a group: its exchanges are started, and done with, in one order on all ranks."""
+
+    def exchange(self, sent: Pair, to: int, rows: int, source: int, what: str) -> Exchange:
+        """Start to send a pair to rank ``to`` and to receive its like of ``rows`` rows from rank ``source``; returns at
+        once. What has no rows is not sent. ``what`` is for error messages."""
 
 
 class PointToPoint:
@@ -26,34 +39,93 @@ class PointToPoint:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def exchange(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> "_Works":
+    def exchange(self, sent: Pair, to: int, rows: int, source: int, what: str) -> _Works:
+        shape = (sent[0].shape[0], rows, *sent[0].shape[2:])
+        arriving = torch.empty(shape, dtype=sent[0].dtype, device=sent[0].device), sent[0].new_empty(shape)
         moves = [
             dist.P2POp(move, tensor, group=self.group, group_peer=peer)
-            for move, parcels in ((dist.isend, sends), (dist.irecv, receives))
-            for tensor, peer in parcels
+            for move, pair, peer in ((dist.isend, sent, to), (dist.irecv, arriving, source))
+            for tensor in pair
             if tensor.numel()
         ]
-        return _Works(dist.batch_isend_irecv(moves) if moves else [], moves)
+        wait = Wait(self.group, sent[0].device, "p2p", what, source, to)
+        return _Works(moves, arriving, wait)
 
 
 class _Works:
-    def __init__(self, works: Sequence[dist.Work], moves: Sequence[dist.P2POp]) -> None:
-        self.works, self.moves = works, moves  # the moves keep what is being sent alive
+    def __init__(self, moves: list[dist.P2POp], arriving: Pair, waiting: Wait) -> None:
+        self.moves, self.arriving, self.waiting = moves, arriving, waiting  # the moves keep what is being sent alive
+        self.works = dist.batch_isend_irecv(moves) if moves else []
 
-    def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+    def wait(self) -> Pair:
+        if self.works:
+            with self.waiting:
+                for work in self.works:
+                    work.wait()
         self.moves = []
+        return self.arriving
+
+    def done(self) -> None:
+        """Nobody waits for the memory: it is this exchange's own."""
 
 
-TRANSPORTS = {"p2p": PointToPoint}
+TRANSPORTS: dict[str, Callable[[dist.ProcessGroup, torch.device, Lane], Transport]] = {
+    "p2p": lambda group, device, lane: PointToPoint(group),
+    "copy_engine": copy_engine.open_mailbox,
+}
 
 
-def pick_transport(name: str) -> str:
-    """The transport that runs for ``name``. ValueError: an unknown one."""
+def open_lane(transport: str, group: dist.ProcessGroup, device: torch.device, lane: Lane) -> Transport:
+    """The lane between the ranks of the group; they ask together, for the same one."""
+    return TRANSPORTS[transport](group, device, lane)
+
+
+def check_transport(name: str) -> str:
+    """ValueError: an unknown name."""
     if name != "auto" and name not in TRANSPORTS:
         raise ValueError(f"transport={name!r}: must be one of auto, {', '.join(TRANSPORTS)}")
-    return "p2p" if name == "auto" else name
+    return name
+
+
+def pick_transport(name: str, group: dist.ProcessGroup, device: torch.device) -> str:
+    """The transport that runs for ``name``; the ranks of the group ask together.
+
+    "auto" is the copy engine where all ranks are GPUs of one host that reach each other's memory, else p2p.
+    ValueError: an unknown name, or a copy engine asked for where there is none, and why.
+    """
+    if check_transport(name) == "p2p":
+        return name
+    refusal = copy_engine.refusal(group, device)
+    if refusal and name == "copy_engine":
+        raise ValueError(f"transport='copy_engine' cannot run here: {refusal}; use transport='auto'")
+    return "p2p" if refusal else "copy_engine"
+
+
+_agreed: set[tuple[str, Hashable]] = set()
+
+
+def agree(group: dist.ProcessGroup, what: dict[str, Any]) -> None:
+    """Compare ``what`` between the ranks, once for each that comes up: before anything of that shape travels.
+
+    ValueError: the ranks differ, and in what.
+    """
+    key = group.group_name, tuple(what.items())
+    if key in _agreed:
+        return
+    told: list[Any] = [None] * group.size()
+    try:
+        dist.all_gather_object(told, what, group=group)
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise TransportError(
+            f"rank {ranks[group.rank()]}: set-up of the ring failed: one of ranks {ranks} has died or not come to it"
+        ) from error
+    for name in what:
+        values = [one[name] for one in told]
+        if any(value != values[0] for value in values):
+            listed = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+            raise ValueError(f"{name} differs between the ranks of the ring: {listed}; all need the same")
+    _agreed.add(key)
 
 
 def group_by_name(name: str) -> dist.ProcessGroup:

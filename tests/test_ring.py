@@ -12,7 +12,8 @@ from ringspan.kernels.spans import Spans
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.layout import LAYOUTS, Layout
 from ringspan.parallel.mesh import Mesh
-from ringspan.parallel.ring import plan_ring, ring_attention
+from ringspan.parallel.ring import ring_attention
+from ringspan.parallel.ring_plan import plan_ring
 from ringspan.parallel.transport import TRANSPORTS, PointToPoint
 
 
@@ -60,7 +61,7 @@ def on_every_rank(cases: list[Case], layouts: list[str], ring: int, ulysses: int
     for name in layouts:
         attend = SequenceAttention(mesh, name)
         for case in cases:
-            layout = attend.layout(case.spans.queries)
+            layout = attend.layout(case.spans)
 
             def shard(x: Tensor, layout: Layout = layout) -> Tensor:
                 return layout.shard(x, mesh.ring_rank, 1, part=mesh.ulysses_rank, parts=mesh.ulysses)
@@ -93,18 +94,15 @@ def compare(answers: list[list[list[Tensor]]], cases: list[Case], layouts: list[
             number += 1
 
 
-@pytest.mark.parametrize("ring", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("ring", [3, 8])  # other sizes: test_sharded.py
 def test_every_layout_and_mask_equals_one_process(ranks, ring):
     cases, layouts = list(CASES.values()), list(LAYOUTS)
     compare(ranks(ring)(on_every_rank, cases, layouts, ring, 1), cases, layouts, ring, 1e-10)
 
 
-@pytest.mark.parametrize("ring, ulysses", [(1, 2), (2, 2), (1, 4), (2, 4), (4, 2)])
-def test_ulysses_and_ring_together(ranks, ring, ulysses):
-    cases = [case for case in CASES.values() if case.heads % ulysses == 0]
-    cases.append(Case(Spans.causal(67), heads=12, kv_heads=3, sinks=True))  # kv_heads that ulysses does not divide
-    layouts = ["zigzag"]
-    compare(ranks(ring * ulysses)(on_every_rank, cases, layouts, ring, ulysses), cases, layouts, ring, 1e-10)
+def test_ulysses_and_ring_together(ranks):
+    cases = list(CASES.values())
+    compare(ranks(4)(on_every_rank, cases, ["zigzag"], 2, 2), cases, ["zigzag"], 2, 1e-10)
 
 
 def test_fp32_is_equal_to_rounding(ranks):
@@ -118,11 +116,11 @@ def sent_by(spans: Spans, ring: int) -> list[tuple[str, tuple[int, ...]]]:
     parcels = []
 
     class Counting(PointToPoint):
-        def exchange(self, sends, receives):
-            parcels.extend((str(x.dtype), tuple(x.shape)) for x, _ in sends if x.numel())
-            return super().exchange(sends, receives)
+        def exchange(self, sent, *others):
+            parcels.extend((str(x.dtype), tuple(x.shape)) for x in sent if x.numel())
+            return super().exchange(sent, *others)
 
-    before, TRANSPORTS["p2p"] = TRANSPORTS["p2p"], Counting
+    before, TRANSPORTS["p2p"] = TRANSPORTS["p2p"], lambda group, device, lane: Counting(group)
     try:
         layout = Layout.contiguous(spans.queries, ring)
         mesh = Mesh.create(1, ring, 1)
@@ -191,7 +189,7 @@ def test_what_does_not_fit_is_refused(ranks):
         for line, part in zip(
             said,
             [
-                "'pigeon': must be one of auto, p2p",
+                "'pigeon': must be one of auto, p2p, copy_engine",
                 "ring of 1 ranks",
                 "shards of 4 rows, these have 3",
                 "9 queries",

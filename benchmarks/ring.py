@@ -1,0 +1,340 @@
+"""Ring attention beside its peers, forward + backward, in TFLOP/s a GPU: docs/benchmarks/ring.json, a table, a plot.
+
+python benchmarks/ring.py                                     # every case, on all GPUs here: an hour on two
+python benchmarks/ring.py --tokens 16384 32768 --kv-heads 8 --masks causal --peers "context_parallel alltoall" Ulysses
+torchrun --nproc-per-node=4 benchmarks/ring.py --masks packed window
+python benchmarks/ring.py --profile                           # docs/benchmarks/ring_trace.png: what runs beside what
+python benchmarks/ring.py --device cpu                        # a rehearsal on gloo: tiny, and no figures worth keeping
+python benchmarks/ring.py --render                            # table and plots of the reports anew, on any machine
+
+All contestants of a case run in turn, `--rounds` times, and the median counts: clocks drift by percents. A round's time
+is that of the slowest rank. FLOPs are 4 x dim x attended (query, key) pairs x heads, and 2.5 times that backward. "one
+GPU" is our local kernel with heads divided by the GPUs: the same work, with nothing sent. Memory is what a pass takes
+beside its inputs. A peer that is not installed, or cannot run a case, is left out of it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from ring_peers import CONTESTANTS, Case, Contestant, ours
+from ring_report import render, render_trace
+
+from ringspan.parallel import copy_engine
+
+LEAST_SECONDS = 0.05  # of one timing: as many passes in a row as that takes
+PASS_FACTOR = 3.5  # forward and backward, in forward passes
+
+
+def cases(arguments: argparse.Namespace, ranks: int) -> Iterator[Case]:
+    """Causal by tokens a GPU; packed documents and a window by tokens in all."""
+    for kv_heads in arguments.kv_heads:
+        if "causal" in arguments.masks:
+            for tokens in arguments.tokens:
+                yield Case("causal", tokens * ranks, arguments.heads, kv_heads, arguments.dim)
+        if "packed" in arguments.masks:
+            for length in arguments.packed:
+                yield Case(f"packed-{length // 16}", length, arguments.heads, kv_heads, arguments.dim)
+        if "window" in arguments.masks:
+            yield Case("window-4096", arguments.window, arguments.heads, kv_heads, arguments.dim)
+
+
+class Clock:
+    """Seconds between marks in the order of the device's work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self.cuda:
+            self.marks[-1].synchronize()
+            return [a.elapsed_time(b) * 1e-3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def timed(contestant: Contestant, passes: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a forward and of a backward pass, of the slowest rank."""
+    with contestant.context():
+        settle(device)
+        clock = Clock(device)
+        clock.mark()
+        for _ in range(passes):
+            out = contestant.forward()
+            clock.mark()
+            contestant.backward(out)
+            clock.mark()
+        took = clock.seconds()
+    slowest = torch.tensor([sum(took[0::2]), sum(took[1::2])], dtype=torch.float64, device=device) / passes
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    forward, backward = slowest.tolist()
+    return forward, backward
+
+
+def settle(device: torch.device) -> None:
+    """All ranks stand here, with nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.all_reduce(torch.zeros(1, device=device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def extra_gib(contestant: Contestant, device: torch.device) -> float:
+    """Memory of a pass beside q, k, v and dout: results, buffers, and what the ring holds for good."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with contestant.context():
+        contestant.backward(contestant.forward())
+    peak = torch.cuda.max_memory_allocated() - before
+    if contestant.facts.get("transport") == "copy_engine":
+        peak += copy_engine.reserved_bytes()
+    most = torch.tensor(float(peak), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return round(most.item() / 2**30, 3)
+
+
+def agreed(worked: bool, device: torch.device) -> bool:
+    flag = torch.tensor(float(worked), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def ready(names: list[str], case: Case, device: torch.device) -> dict[str, Contestant]:
+    """The contestants that can run the case, after their first pass."""
+    running: dict[str, Contestant] = {}
+    for name in names:
+        reason = ""
+        try:
+            torch.manual_seed(dist.get_rank())
+            running[name] = CONTESTANTS[name](case, device)
+            with running[name].context():
+                running[name].backward(running[name].forward())
+            settle(device)
+        except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+            if name == "ours":
+                raise
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+        if not agreed(not reason, device):
+            running.pop(name, None)
+            say(f"  {name} left out: {reason or 'another rank could not'}")
+    return running
+
+
+def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The report's row of a case."""
+    running = ready(["ours", "one GPU", *arguments.peers], case, device)
+    passes, seconds = {}, dict[str, list[tuple[float, float]]]()
+    for name, contestant in running.items():
+        took = sum(timed(contestant, 1, device))
+        passes[name] = max(1, min(20, round(LEAST_SECONDS / took)))
+        seconds[name] = []
+    began = time.monotonic()
+    for number in range(arguments.rounds):
+        # Enough is enough, on all ranks alike; at least one round
+        if number and not agreed(time.monotonic() - began < arguments.seconds, device):
+            break
+        for name, contestant in running.items():
+            seconds[name].append(timed(contestant, passes[name], device))
+    flops = 4.0 * case.dim * case.heads * int(case.spans().pairs().sum()) / dist.get_world_size()
+    rates = {
+        name: {**rate(flops, seconds[name]), "extra_gib": extra_gib(contestant, device), **contestant.facts}
+        for name, contestant in running.items()
+    }
+    mine, alone = rates.pop("ours", {}), rates.pop("one GPU", None)
+    gpus = dist.get_world_size()
+    row: dict[str, Any] = {**asdict(case), "gpus": gpus, "tokens_a_gpu": case.length // gpus, "ours": mine}
+    return row | ({"one_gpu": alone} if alone else {}) | {"peers": rates}
+
+
+def rate(flops: float, seconds: list[tuple[float, float]]) -> dict[str, Any]:
+    forward, backward = (statistics.median(times) for times in zip(*seconds, strict=True))
+    both = statistics.median(map(sum, seconds))
+    return {
+        "value": digits(PASS_FACTOR * flops / both * 1e-12),
+        "unit": "TFLOP/s a GPU",
+        "forward": digits(flops / forward * 1e-12),
+        "backward": digits(2.5 * flops / backward * 1e-12),
+        "rounds": len(seconds),
+    }
+
+
+def digits(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def line(row: dict[str, Any]) -> str:
+    ours = row["ours"].get("value", 0.0)
+    others = {"one GPU": row.get("one_gpu"), **row["peers"]}
+    shown = "  ".join(f"{name} {x['value']:.0f} ({ours / x['value']:.3f})" for name, x in others.items() if x)
+    size = f"{row['mask']:<13} {row['tokens_a_gpu']:>7} a GPU {row['heads']}/{row['kv_heads']}"
+    mine = row["ours"]
+    return f"{size}: ours {ours:.0f} ({mine.get('forward', 0):.0f}, {mine.get('backward', 0):.0f})  {shown}"
+
+
+def say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Rows of this run take the place of those of the same sizes, and the others stay: a table grows by parts."""
+    path: Path = arguments.out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text())["cases"] if path.exists() else []
+    sizes = ("mask", "length", "heads", "kv_heads", "dim", "gpus")
+    new = {tuple(row[size] for size in sizes) for row in rows}
+    kept = [row for row in old if tuple(row[size] for size in sizes) not in new]
+    cuda = torch.cuda.is_available()
+    machine = {
+        "machine": f"{dist.get_world_size()} x {torch.cuda.get_device_name()}" if cuda else "CPU",
+        "versions": {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        },
+        "dtype": "bfloat16" if cuda else "float32",
+        "command": shlex.join(sys.argv),
+    }
+    order = {"causal": 0, "packed": 1, "window": 2}
+    rows = sorted(
+        kept + rows, key=lambda row: (row["gpus"], order[row["mask"].split("-")[0]], -row["kv_heads"], row["length"])
+    )
+    path.write_text(json.dumps({**machine, "cases": rows}, indent=1) + "\n")
+
+
+def profile(arguments: argparse.Namespace, device: torch.device) -> None:
+    """What runs when, on rank 0, in one forward and backward pass after others: ring_trace.json."""
+    ranks = dist.get_world_size()
+    case = Case("causal", arguments.tokens[0] * ranks, arguments.heads, arguments.kv_heads[0], arguments.dim)
+    contestant = ours(case, device)
+    for _ in range(3):
+        contestant.backward(contestant.forward())
+    settle(device)
+    kind = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kind.CPU, kind.CUDA]) as trace:
+        for _ in range(2):  # of which the second is shown: the host is ahead by then
+            contestant.backward(contestant.forward())
+        settle(device)
+    if dist.get_rank() == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            trace.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+        wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device.type == "cuda" else ("cpu_op",)
+        shown = [
+            {"stream": one["tid"], "name": one["name"][:120], "start": one["ts"], "microseconds": one["dur"]}
+            for one in events
+            if one.get("cat") in wanted
+        ]
+        path = arguments.out.with_name("ring_trace.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"case": asdict(case), "gpus": ranks, "events": shown}) + "\n")
+        render_trace(path)
+
+
+def work(rank: int, world: int, store: str | None, arguments: argparse.Namespace) -> None:
+    """A worker's life."""
+    if arguments.device == "cuda":
+        torch.cuda.set_device(rank)
+        device = torch.device("cuda", rank)
+    else:
+        torch.set_num_threads(1)
+        device = torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if arguments.device == "cuda" else "gloo"
+    if store is None:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.FileStore(store, world), rank=rank, world_size=world)
+    settle(device)  # every communicator starts with all of its ranks
+    if arguments.profile:
+        profile(arguments, device)
+    else:
+        compare(arguments, device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare(arguments: argparse.Namespace, device: torch.device) -> None:
+    rows: list[dict[str, Any]] = []
+    for case in cases(arguments, dist.get_world_size()):
+        began = time.monotonic()
+        rows.append(measure(case, arguments, device))
+        say(f"{line(rows[-1])}  [{time.monotonic() - began:.0f} s]")
+        if dist.get_rank() == 0:
+            write(arguments, rows)  # after each case: a run that is cut short keeps what it has
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if dist.get_rank() == 0:
+        render(arguments.out)
+
+
+def tiny(arguments: argparse.Namespace) -> None:
+    """Sizes for a rehearsal on the CPU."""
+    arguments.tokens, arguments.packed, arguments.window = [64], [320], 320
+    arguments.heads, arguments.kv_heads, arguments.dim = 4, [4, 2], 16
+
+
+def start(task: Callable[..., None], arguments: argparse.Namespace) -> None:
+    """On the workers that torchrun has started, or on as many of our own as there are GPUs."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        task(int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), None, arguments)
+        return
+    world = arguments.gpus or (torch.cuda.device_count() if arguments.device == "cuda" else 2)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(task, args=(world, f"{folder}/store", arguments), nprocs=world)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--masks", nargs="+", default=["causal", "packed", "window"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**n for n in (13, 14, 15, 16, 18)], help="a GPU")
+    parser.add_argument("--packed", type=int, nargs="+", default=[2**17, 2**19], help="tokens of packed sequences")
+    parser.add_argument("--window", type=int, default=2**19, help="tokens of the sequence with a window of 4096")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=[32, 8])
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--peers", nargs="*", default=[name for name in CONTESTANTS if name not in ("ours", "one GPU")])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=60, help="after which a case begins no further round")
+    parser.add_argument("--gpus", type=int, default=0, help="workers to start; 0: one a GPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--profile", action="store_true", help="a trace of the first --tokens and --kv-heads, no table")
+    parser.add_argument("--render", action="store_true", help="write the table and the plots anew")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "benchmarks" / "ring.json")
+    arguments = parser.parse_args()
+    if arguments.render:
+        render(arguments.out)
+        render_trace(arguments.out.with_name("ring_trace.json"))
+        return
+    if arguments.device == "cpu":
+        tiny(arguments)
+    elif not torch.cuda.is_available():
+        sys.exit("this compares rings of GPUs, and there is none here; --device cpu rehearses")
+    start(work, arguments)
+
+
+if __name__ == "__main__":
+    main()
