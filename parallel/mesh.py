@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
+
+from ringspan.parallel.watchdog import time_out
 
 
 class LayoutName(str, Enum):
     contiguous = "contiguous"
     zigzag = "zigzag"
     striped = "striped"
+    balanced = "balanced"  # made for each micro-batch's documents
+
+
+class StrategyName(str, Enum):
+    auto = "auto"  # the one that loses less time, by the shard's length and the kv heads
+    ring = "ring"  # keys come a shard at a time, under the block before
+    allgather = "allgather"  # all keys come at once, then one block
 
 
 @dataclass(kw_only=True)
@@ -20,7 +32,8 @@ class ParallelConfig:
     data: int | None = None  # groups that read different samples; what ring and ulysses leave of the ranks
     ring: int | None = None  # ranks that share a sequence by passing keys on; all ranks that are left
     ulysses: int = 1  # ranks that share a sequence by trading heads for positions, inside the ring's shards
-    layout: LayoutName = LayoutName.zigzag  # which positions a rank of the ring holds
+    layout: LayoutName = LayoutName.balanced  # which positions a rank of the ring holds
+    strategy: StrategyName = StrategyName.auto  # how a rank of the ring comes by the others' keys
 
     def __post_init__(self) -> None:
         for name in ("data", "ring", "ulysses"):
@@ -69,6 +82,9 @@ class Mesh:
         grid = init_device_mesh(device_type, (data, ring, ulysses), mesh_dim_names=("data", "ring", "ulysses"))
         data_rank, ring_rank, ulysses_rank = (grid.get_local_rank(axis) for axis in ("data", "ring", "ulysses"))
         groups = grid.get_group("ring"), grid.get_group("ulysses")
+        seconds = time_out(_get_default_group(), torch.device(device_type))
+        for group in groups:  # a new group has PyTorch's time-out, 10 to 30 minutes, whatever the default group has
+            _set_pg_timeout(timedelta(seconds=seconds), group)
         return Mesh(data, ring, ulysses, data_rank, ring_rank, ulysses_rank, *groups)
 
     @property

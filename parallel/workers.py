@@ -28,6 +28,7 @@ import torch.multiprocessing as mp
 Result = TypeVar("Result")
 
 SAVE_SECONDS = 300  # from the first SIGTERM or SIGINT to the end; a step over 1M tokens and its checkpoint fit
+COLLECTIVE_SECONDS = 7200  # long: ranks compile at their own speed; who hangs later is found by the run's watchdog
 COMPOSE_SECONDS = 600  # rank 0 reads the configuration and looks at the data within this
 OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 
@@ -51,6 +52,8 @@ def under_torchrun() -> bool:
 
 def torchrun_place() -> Place:
     store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts workers again: what those before have told must not be heard
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return Place(store, rank, world, int(os.environ["LOCAL_RANK"]))
 
 
@@ -100,7 +103,14 @@ def process_group(place: Place | None = None) -> Iterator[None]:
     if gpus():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(place.local_rank)
-    dist.init_process_group(backend, store=place.store, rank=place.rank, world_size=place.world)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's last collectives, for whoever looks into a hang
+    dist.init_process_group(
+        backend,
+        store=place.store,
+        rank=place.rank,
+        world_size=place.world,
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+    )
     leaving: SystemExit | None = None
     try:
         yield
