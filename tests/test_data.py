@@ -2,7 +2,10 @@
 
 import errno
 import os
+import re
+import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 from test_tokenizer import byte_bpe
 
-from ringspan.train import data
+from ringspan.train import data, shards
 from ringspan.train.corpus import Corpus
 from ringspan.train.data import DataConfig, cache_folder, check, open_corpus, prepare
-from ringspan.train.packing import PackedRows
+from ringspan.train.packing import LongDocuments, PackedRows, Packing
+from ringspan.train.reading import Unreadable
 
 
 @pytest.fixture
@@ -38,21 +42,22 @@ def test_a_tokenizer_json_is_used(config, tmp_path):
     config.tokenizer = str(tmp_path / "tokenizer.json")
     corpus = open_corpus(config)
     assert corpus.starts.tolist() == [0, 11, 21]  # "he" of hello is one token
-    assert corpus.tokens[10] == corpus.tokens[20] == corpus.end_of_document == 257
+    assert corpus.tokens[10:11] == corpus.tokens[20:21] == corpus.end_of_document == 257
     assert corpus.vocab_size == 258
     assert corpus.name == "text (tokenizer.json)"
 
 
 def test_preparing_once_is_enough(config, monkeypatch):
-    folder = prepare(config)
+    (folder,) = prepare(config)
     monkeypatch.setattr(data, "_write", None)  # not called again
-    assert prepare(config) == folder
+    assert prepare(config) == [folder]
     check(config)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    assert sorted(path.name for path in folder.iterdir()) == ["ends.npy", "meta.json", "tokens.bin"]
+    names = ["00000.documents", "00000.tokens", "manifest.json", "source", "verified.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
-@pytest.mark.parametrize("change", ["edit", "add", "remove", "tokenizer", "format"])
+@pytest.mark.parametrize("change", ["edit", "add", "remove", "tokenizer", "format", "column", "unreadable"])
 def test_whatever_changes_tokens_prepares_anew(config, change, tmp_path, monkeypatch):
     first = prepare(config)
     if change == "edit":
@@ -66,6 +71,10 @@ def test_whatever_changes_tokens_prepares_anew(config, change, tmp_path, monkeyp
         config.tokenizer = str(tmp_path / "tokenizer.json")
     elif change == "format":
         monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
+    elif change == "column":
+        config.column = "body"
+    elif change == "unreadable":
+        config.unreadable = Unreadable.refuse
     second = prepare(config)
     assert second != first
     if change == "edit":
@@ -73,84 +82,121 @@ def test_whatever_changes_tokens_prepares_anew(config, change, tmp_path, monkeyp
 
 
 def test_rows_do_not_change_the_corpus(config):
-    config.cross_document = True
     folder = prepare(config)
-    config.cross_document = False
-    assert prepare(config) == folder
-    rows = PackedRows(open_corpus(config), 64, 0, False)
+    for changes in ({"cross_document": True}, {"packing": Packing.whole}, {"needles": 0.5}, {"held_out": 0.5}):
+        assert prepare(replace(config, **changes)) == folder
+    rows = PackedRows(open_corpus(config), 64, 0)
     assert rows.lengths(0) == [12, 10, 42]
     assert rows.load(0, np.array([10, 11, 12, 63]))[1].tolist() == [256, -100, ord("o"), -100]
 
 
-def test_a_preparation_that_fails_leaves_nothing(config, monkeypatch):
-    def break_off(*args, **kwargs):
-        raise KeyboardInterrupt
+def break_off_after_the_first_shard(config: DataConfig, monkeypatch, error: BaseException) -> None:
+    """One shard a document, and an end behind the first of two."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "write_corpus", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config)
-    assert list(Path(config.cache).iterdir()) == []
-    assert len(open_corpus(config).tokens) == 22
+    def break_off(shard):
+        raise error
+
+    monkeypatch.setattr(shards, "UNIT_CHARACTERS", 1)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 1)
+    with pytest.raises(type(error) if not isinstance(error, OSError) else ValueError):
+        prepare(config, told=break_off)
+
+
+def test_a_preparation_that_is_killed_goes_on_where_it_was(config, monkeypatch):
+    break_off_after_the_first_shard(config, monkeypatch, KeyboardInterrupt())
+    (left,) = Path(config.cache).iterdir()
+    assert left.name.endswith(".partial")
+    (left / "00000.tokens").touch()
+    told = []
+    monkeypatch.setattr(shards, "tokenise", lambda t, unit, real=shards.tokenise: told.append(unit) or real(t, unit))
+    assert open_corpus(config).tokens.tolist() == [*b"hello world", 256, *b"more text", 256]
+    assert [unit[0].content for unit in told] == ["more text"]
+    assert len(list(Path(config.cache).iterdir())) == 1
+
+
+def test_what_another_source_has_left_is_not_taken(config, monkeypatch, tmp_path):
+    source = data.find_source(config.path)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "00000.tokens").write_bytes(b"xx")
+    (tmp_path / "out.partial" / "source").write_text("another")
+    data.write_corpus(tmp_path / "out", config, source)
+    assert Corpus(tmp_path / "out").tokens.tolist() == open_corpus(config).tokens.tolist()
 
 
 def test_a_full_disk_is_told_in_a_line(config, monkeypatch):
     def fill(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data, "write_corpus", fill)
+    monkeypatch.setattr(data, "write_shards", fill)
     assert refusal(config, prepare).startswith(f"data.cache={config.cache!r} cannot be written: No space left")
     monkeypatch.setenv("XDG_CACHE_HOME", config.cache)
     config.cache = None
     assert refusal(config, prepare).startswith(f"data.cache=null ({cache_folder(None)}) cannot be written: No space")
-    assert list(cache_folder(None).iterdir()) == []
-
-
-def test_what_a_killed_preparation_left_is_not_taken_and_goes(config, monkeypatch):
-    folder = prepare(config)
-    for age, name in ((2 * data.ABANDONED_SECONDS, "killed"), (0, "at-work")):
-        left = folder.parent / f"{folder.name}.tmp-{name}"
-        left.mkdir()
-        (left / "tokens.bin").write_bytes(b"half")
-        for path in (left / "tokens.bin", left):
-            os.utime(path, times=(path.stat().st_mtime - age,) * 2)
-    (folder / "meta.json").unlink()
-    for path in folder.iterdir():
-        path.unlink()
-    assert prepare(config) == folder
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.tmp-at-work"]
 
 
 def test_files_that_change_under_the_reader_are_refused(config, tmp_path, monkeypatch):
-    write = data.write_corpus
+    write = data.write_shards
 
     def edit_and_write(*args, **kwargs):
         (tmp_path / "text" / "a.txt").write_text("something else")
         return write(*args, **kwargs)
 
-    monkeypatch.setattr(data, "write_corpus", edit_and_write)
+    monkeypatch.setattr(data, "write_shards", edit_and_write)
     with pytest.raises(ValueError, match="files changed while they were read"):
         prepare(config)
     assert list(Path(config.cache).iterdir()) == []
 
 
-def prepare_together(config: DataConfig) -> tuple[str, str]:
-    """Publish a corpus only when all ranks have written theirs."""
-    publish = data._publish
+def test_a_prepared_corpus_whose_hash_is_wrong_is_refused(config):
+    (folder,) = prepare(config)
+    content = (folder / "00000.tokens").read_bytes()
+    (folder / "00000.tokens").write_bytes(content[:-1] + b"x")
+    for one in (config, DataConfig(path=str(folder))):
+        assert "00000.tokens does not have the hash that is in the manifest" in refusal(one, prepare)
 
-    def wait_and_publish(temporary, folder):
-        dist.barrier()
-        publish(temporary, folder)
 
+def test_prepared_shards_are_a_source(config, tmp_path):
+    (folder,) = prepare(config)
+    shards_alone = DataConfig(path=str(folder), cache="/no/such/place")
+    check(shards_alone)
+    assert prepare(shards_alone) == [folder]
+    assert open_corpus(shards_alone).digest == open_corpus(config).digest
+    byte_bpe(tmp_path / "tokenizer.json")
+    for call in (check, prepare):
+        with pytest.raises(
+            ValueError, match=r"data\.tokenizer='.*' is not the one that data\.path='.*' was prepared with"
+        ):
+            call(replace(shards_alone, tokenizer=str(tmp_path / "tokenizer.json")))
+
+
+def test_a_mixture_is_prepared_source_by_source(config, tmp_path):
+    (tmp_path / "more.txt").write_text("third")
+    mixed = DataConfig(mixture={config.path: 3, str(tmp_path / "more.txt"): 1}, cache=config.cache)
+    check(mixed)
+    folders = prepare(mixed)
+    assert [Corpus(folder).name for folder in folders] == ["text (bytes)", "more.txt (bytes)"]
+    assert folders[:1] == prepare(config)
+    mixed.mixture["/no/such/file"] = 1
+    assert refusal(mixed).startswith("data.path='/no/such/file' does not exist")
+
+
+def prepare_together(config: DataConfig) -> tuple[str, str, int]:
+    """All ranks at once: who writes, and what comes of it."""
+    written = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_publish", wait_and_publish)
-        folder = prepare(config)
-    return str(folder), Corpus(folder).digest
+        patch.setattr(data, "_write", lambda *args, real=data._write: written.append(1) or real(*args))
+        dist.barrier()
+        (folder,) = prepare(config)
+    return str(folder), Corpus(folder).digest, len(written)
 
 
-def test_processes_that_prepare_at_once_do_no_harm(ranks, config):
-    assert len(set(ranks(2)(prepare_together, config))) == 1
-    assert len(list(Path(config.cache).iterdir())) == 1
+def test_processes_that_prepare_at_once_do_it_once(ranks, config):
+    for _ in range(2):
+        results = ranks(4)(prepare_together, config)
+        assert len({result[:2] for result in results}) == 1
+        assert sum(result[2] for result in results) == 1
+        assert len(list(Path(config.cache).iterdir())) == 1
+        shutil.rmtree(config.cache)
 
 
 def refusal(config: DataConfig, call=check) -> str:
@@ -182,6 +228,34 @@ def test_mistakes_are_named(config, tmp_path, call):
     assert not Path(config.cache).exists() or list(Path(config.cache).iterdir()) == []
 
 
+def test_a_source_of_which_nothing_is_left_says_what_was_first(config, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n{}\n3\n')
+    told = refusal(DataConfig(path=str(tmp_path / "a.jsonl"), cache=config.cache), prepare)
+    why = 'a.jsonl line 1 has no "text" (data.column); it has body (and 2 more)'
+    assert told == f"data.path='{tmp_path}/a.jsonl' is empty: there is no text in it; left out: {why}"
+    assert list(Path(config.cache).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"overlap": -1}, "data.overlap=-1: must be 0 or more"),
+        ({"shortest": -1}, "data.shortest=-1: must be 0 or more"),
+        ({"workers": -1}, "data.workers=-1: must be 0 or more"),
+        ({"held_out": 1.0}, "data.held_out=1.0: must be from 0 to below 1"),
+        ({"needles": -0.1}, "data.needles=-0.1: must be from 0 to below 1"),
+        ({"path": "a", "mixture": {"b": 1}}, "data.path='a': give it or data.mixture, not both"),
+        ({"mixture": {"a": 1, "b": 0}}, "data.mixture: the share of 'b' is 0; it must be above 0"),
+        ({"mixture": {"a": float("nan")}}, "data.mixture: the share of 'a' is nan; it must be above 0"),
+        ({"overlap": 5, "packing": Packing.concatenate}, "data.overlap=5: with data.packing=concatenate"),
+        ({"overlap": 5, "long_documents": LongDocuments.drop}, "data.overlap=5: with data.long_documents=drop"),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DataConfig(**fields)
+
+
 def test_a_hidden_cache_may_be_inside_the_text(config):
     config.cache = f"{config.path}/.cache"
     assert open_corpus(config).starts[-1] == 22
@@ -189,7 +263,10 @@ def test_a_hidden_cache_may_be_inside_the_text(config):
 
 def test_skipped_files_are_known(config, tmp_path):
     (tmp_path / "text" / "picture").write_bytes(b"\0")
-    assert open_corpus(config).skipped == ["picture"]
+    corpus = open_corpus(config)
+    assert (corpus.skipped, corpus.n_skipped) == (["picture"], 1)
+    config.unreadable = Unreadable.refuse
+    assert "picture has a NUL byte at byte 0; mend or remove it" in refusal(config, prepare)
 
 
 def test_the_cache_is_in_the_users_cache_folder(tmp_path, monkeypatch):
@@ -220,11 +297,9 @@ def test_standard_library_end_to_end(tmp_path, monkeypatch):
 
 def test_configuration_is_typed():
     schema = OmegaConf.structured(DataConfig)
-    assert OmegaConf.to_container(schema) == {
-        "path": None,
-        "tokenizer": "bytes",
-        "cross_document": False,
-        "cache": None,
-    }
-    with pytest.raises(ValidationError):
-        OmegaConf.merge(schema, {"cross_document": "perhaps"})
+    assert OmegaConf.to_object(schema) == DataConfig()
+    mixed = OmegaConf.merge(schema, OmegaConf.from_dotlist(["mixture={a/b.txt: 3, hub:x/y: 1}"]))
+    assert OmegaConf.to_object(mixed).mixture == {"a/b.txt": 3.0, "hub:x/y": 1.0}
+    for bad in ({"cross_document": "perhaps"}, {"packing": "tight"}, {"mixture": {"a": "much"}}):
+        with pytest.raises(ValidationError):
+            OmegaConf.merge(schema, bad)

@@ -1,32 +1,45 @@
 """Which text a source is, how it reads, and what is refused."""
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from ringspan.train.documents import (
-    SNIFF_BYTES,
-    check_text,
-    find_source,
-    fingerprint,
-    read_documents,
-    without_binaries,
-)
+from ringspan.train import reading
+from ringspan.train.documents import SNIFF_BYTES, find_source
+from ringspan.train.reading import READ_BYTES, Columns, Segment, Skipped
+
+
+def read(path, refuse: bool = False, **columns) -> tuple[list[str], list[str]]:
+    """(texts of all documents, names of what was left out)"""
+    source = find_source(None if path is None else str(path))
+    skipped = Skipped(source.setting, refuse)
+    found, open_ = [], ""
+    for segment in source.segments(Columns(**columns), skipped):
+        open_ += segment.content
+        if segment.last:
+            found.append(open_)
+            open_ = ""
+    assert open_ == ""
+    assert len(skipped.names) == skipped.count
+    return found, skipped.names
 
 
 def texts(path) -> list[str]:
-    source, _ = without_binaries(find_source(None if path is None else str(path)))
-    return [row["text"] for row in read_documents(source)]
+    return read(path)[0]
 
 
 def refusal(path) -> str:
     """What a user is told: one line, beginning with the field and its value."""
     with pytest.raises(ValueError) as error:
-        check_text(find_source(str(path)))
+        find_source(str(path)).check()
     assert str(error.value).startswith(f"data.path={str(path)!r} ")
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -64,33 +77,50 @@ def test_a_folder_is_its_text_files_in_path_order(tmp_path):
     )
     make_files(tmp_path, {".git/config": b"x", ".hidden": b"x", "b/__pycache__/z.pyc": b"x"})
     (tmp_path / "broken").symlink_to("nowhere")
-    source, skipped = without_binaries(find_source(str(tmp_path)))
-    assert [row["text"] for row in read_documents(source) if row["text"]] == ["1", "2", "3"]
-    assert skipped == ["a.png", "z.txt"]
-    check_text(find_source(str(tmp_path)))
+    assert read(tmp_path) == (["1", "2", "3"], ["a.png", "empty", "z.txt"])
+    find_source(str(tmp_path)).check()
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xe9.txt", "w") as file:
         file.write("one")
     assert texts(tmp_path) == ["one"]
-    assert fingerprint(find_source(str(tmp_path)))
+    assert find_source(str(tmp_path)).fingerprint()
 
 
 def test_jsonl_is_a_document_a_line(tmp_path):
     lines = b'{"text": "one\\ntwo", "id": 3}\r\n\n{"text": ""}\n{"text": "\\u6771\xe4\xba\xac\xe2\x80\xa8"}'
-    (tmp_path / "a.jsonl").write_bytes(lines)
-    assert texts(tmp_path / "a.jsonl") == ["one\ntwo", "", "東京\u2028"]
-    assert texts(tmp_path) == ["one\ntwo", "", "東京\u2028"]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
+    for path in (tmp_path / "a.jsonl", tmp_path):
+        assert read(path) == (["one\ntwo", "東京\u2028"], ["a.jsonl line 3"])
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", "3", '{"content": "x"}', '{"text": 3}', '{"text": null}', '{"text": "\\ud800"}']
+    ("line", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("\udcff", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", 'has no "text" (data.column)'),
+        ("3", 'has no "text" (data.column)'),
+        ('{"content": "x", "id": 1}', 'has no "text" (data.column); it has content, id'),
+        ('{"text": 3}', 'has no text, token ids or chat turns under "text", but int'),
+        ('{"text": null}', 'has no text, token ids or chat turns under "text", but NoneType'),
+        ('{"text": "x\\ud800"}', "has half of a surrogate pair at character 1"),
+        ('{"text": [1, -1]}', 'has something else than token ids under "text"'),
+        ('{"text": [1, 2.0]}', 'has something else than token ids under "text"'),
+        ('{"text": [{"role": "user"}]}', 'has a chat turn without text under "role" and "content"'),
+        ('{"text": ""}', "is empty"),
+        ('{"text": []}', "is empty"),
+    ],
 )
-def test_a_line_that_is_not_text_is_named(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line)
-    with pytest.raises(ValueError, match=r'a\.jsonl, line 2: a JSON object with a string under "text" is expected'):
-        texts(tmp_path / "a.jsonl")
+def test_a_line_that_is_no_document_is_named(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line + '\n{"text": "two"}', errors="surrogateescape")
+    assert read(tmp_path / "a.jsonl") == (["one", "two"], ["a.jsonl line 2"])
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "a.jsonl", refuse=True)
+    assert f": a.jsonl line 2 {reason}; mend or remove it" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_not_there(tmp_path):
@@ -126,18 +156,37 @@ def test_what_is_not_text(tmp_path, content, reason):
     assert f"is not text: a.txt {reason}" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(("extra", "reason"), [(b"\xff", "is not UTF-8"), (b"\0", "has a NUL byte")])
-def test_what_is_not_text_far_inside_is_found_when_it_is_read(tmp_path, extra, reason):
-    (tmp_path / "a.txt").write_bytes(b"a" * 2 * SNIFF_BYTES + extra)
+@pytest.mark.parametrize(
+    ("extra", "reason"), [(b"\xff", "is not UTF-8"), (b"\0", "has a NUL byte"), (b"\xe6", "is not")]
+)
+@pytest.mark.parametrize("size", [2 * SNIFF_BYTES, READ_BYTES, READ_BYTES + 1, 2 * READ_BYTES + 5])
+def test_what_is_not_text_far_inside_is_found_when_it_is_read(tmp_path, size, extra, reason):
+    (tmp_path / "a.txt").write_bytes(b"a" * size + extra)
     for path in (tmp_path / "a.txt", tmp_path):
-        check_text(find_source(str(path)))
-        with pytest.raises(ValueError, match=f"is not text: a.txt {reason} at byte {2 * SNIFF_BYTES}"):
-            texts(path)
+        find_source(str(path)).check()
+        assert read(path) == ([], ["a.txt"])
+        with pytest.raises(ValueError, match=rf"a.txt {reason}.* at byte {size}; mend or remove it"):
+            read(path, refuse=True)
+
+
+@pytest.mark.parametrize("line", ["東京 is a city\n", "東" * 70, "\n"])
+def test_a_long_text_comes_in_segments_that_end_with_lines(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(reading, "SEGMENT_CHARACTERS", 100)
+    monkeypatch.setattr(reading, "READ_BYTES", 251)  # cuts characters
+    text = line * 99 + "end"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    segments = list(find_source(str(tmp_path)).segments(Columns(), Skipped("x")))
+    assert "".join(segment.content for segment in segments) == text
+    assert [segment.last for segment in segments] == [False] * (len(segments) - 1) + [True]
+    assert max(len(segment.content) for segment in segments) <= 100
+    assert len(segments) <= 2 * -(-len(text) // 100)
+    if "\n" in line:
+        assert all(segment.content.endswith("\n") for segment in segments[:-1])
 
 
 def test_a_character_across_the_end_of_the_first_look_is_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a" * (SNIFF_BYTES - 1) + "東".encode())
-    check_text(find_source(str(tmp_path / "a.txt")))
+    find_source(str(tmp_path / "a.txt")).check()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -145,23 +194,23 @@ def test_what_may_not_be_read(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "a.txt").chmod(0)
     with pytest.raises(ValueError, match=r"a\.txt cannot be read: Permission denied"):
-        check_text(find_source(str(tmp_path / "a.txt")))
+        find_source(str(tmp_path / "a.txt")).check()
 
 
 def test_what_goes_away_while_it_is_read(tmp_path):
     make_files(tmp_path, {"a.txt": b"one", "b.txt": b"two"})
     source = find_source(str(tmp_path))
     (tmp_path / "b.txt").unlink()
-    for use in (fingerprint, check_text, without_binaries, lambda source: list(read_documents(source))):
+    for use in (source.fingerprint, source.check, lambda: list(source.segments(Columns(), Skipped("x")))):
         with pytest.raises(ValueError, match=r"b\.txt cannot be read: No such file"):
-            use(source)
+            use()
 
 
 def test_fingerprint_sees_every_change(tmp_path):
     file = make_files(tmp_path, {"a.txt": b"one", "b.txt": b"two"}) / "a.txt"
 
     def now() -> str:
-        return fingerprint(find_source(str(tmp_path)))
+        return find_source(str(tmp_path)).fingerprint()
 
     seen = [now()]
     assert now() == seen[0]
@@ -206,18 +255,104 @@ def test_this_python_has_a_library():
     assert {"argparse.py", "asyncio/base_events.py", "email/message.py"} <= set(files)
     assert not {"test", "tests", "site-packages"}.intersection(part for file in files for part in file.split("/"))
     assert sum((source.root / file).stat().st_size for file in files) > 5e6  # bytes; 11 to 12e6 in 3.11 to 3.13
-    check_text(source)
+    source.check()
+
+
+TABLE_ROWS = ["one", "two\nlines", "東京"]
+
+
+def write_tables(folder: Path, columns: dict) -> None:
+    """a.parquet in several row groups, and b/ as Dataset.save_to_disk leaves it."""
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "a.parquet", row_group_size=2)
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(columns).save_to_disk(str(folder / "b"))
+    datasets.enable_progress_bars()
+
+
+def test_parquet_and_arrow_are_a_document_a_row(tmp_path):
+    write_tables(tmp_path / "text", {"body": TABLE_ROWS, "id": [1, 2, 3]})
+    for name in ("a.parquet", "b", "b/data-00000-of-00001.arrow"):
+        assert read(tmp_path / "text" / name, content="body") == (TABLE_ROWS, [])
+    assert read(tmp_path / "text/a.parquet") == ([], [f"a.parquet row {n}" for n in range(3)])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("keep", [0, 9, 0.5, 0.98])
+def test_a_damaged_table_is_named_and_what_was_whole_is_kept(tmp_path, name, keep):
+    write_tables(tmp_path / "t", {"text": ["some text"] * 3000})
+    whole = (tmp_path / "t" / ("a.parquet" if name == "a.parquet" else "b/data-00000-of-00001.arrow")).read_bytes()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
+    (tmp_path / "text" / "z.txt").write_text("z")
+    found, names = read(tmp_path / "text")
+    assert found[-1] == "z"
+    assert set(found[:-1]) <= {"some text"}
+    assert names == [name]
+    with pytest.raises(ValueError, match=rf"{name} (is empty|is damaged: [\d,]+ rows could be read, then: )") as error:
+        read(tmp_path / "text", refuse=True)
+    assert "\n" not in str(error.value)
+
+
+def test_token_ids_masks_and_chat_turns(tmp_path):
+    def segments(row: dict, **columns) -> list[Segment]:
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        skipped = Skipped("x", refuse=True)
+        return list(find_source(str(tmp_path / "a.jsonl")).segments(Columns(**columns), skipped))
+
+    (ids,) = segments({"ids": [5, 0, 7], "m": [0, 1, 1]}, content="ids", mask="m")
+    assert (ids.content.tolist(), ids.trained.tolist(), ids.last) == ([5, 0, 7], [False, True, True], True)
+    (ids,) = segments({"ids": [5, 0]}, content="ids")
+    assert (ids.content.tolist(), ids.trained.tolist()) == ([5, 0], [True, True])
+    turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
+    assert segments({"text": turns}) == [
+        ("<|user|>\n", False, False),
+        ("why?\n", False, False),
+        ("<|assistant|>\n", False, False),
+        ("so.\n", True, True),
+    ]
+    for bad in ({"text": [1]}, {"text": [1], "m": 3}, {"text": [1], "m": [1, 1]}, {"text": [1], "m": [2]}):
+        with pytest.raises(ValueError, match=r"a\.jsonl line 1 has (a mask of|no list under)"):
+            segments(bad, mask="m")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_hub_without_a_network_is_one_line(streaming, monkeypatch):
+    source = find_source("hub:nobody/nothing:small:validation", streaming)
+    assert (source.name, source.config, source.split) == ("nobody/nothing", "small", "validation")
+    with pytest.raises(
+        ValueError, match=r"data\.path='hub:nobody/nothing:small:validation': the hub does not give it"
+    ) as e:
+        source.check()
+    assert "\n" not in str(e.value)
+    assert len({find_source(f"hub:{name}").fingerprint() for name in ("a/b", "a/b:c", "a/b:c:d", "a/b::d")}) == 4
+    for bad in ("hub:", "hub:a:b:c:d"):
+        with pytest.raises(ValueError, match="give hub:OWNER/NAME"):
+            find_source(bad)
+
+
+def test_rows_of_the_hub_are_read_through_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return [{"text": "one"}, {"text": 3}, {"text": "two"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("hub:a/b") == (["one", "two"], ["row 1"])
+    assert asked == [(("a/b", None), {"split": "train", "streaming": True})]
 
 
 def test_nothing_is_left_in_the_caches_of_datasets(tmp_path, monkeypatch):
     """Nor is the network asked. In a fresh process, as the library picks its folders when it is imported."""
-    make_files(tmp_path, {"text/a.txt": b"one"})
+    write_tables(tmp_path / "text", {"text": ["one"]})
     code = """
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
-from ringspan.train.documents import find_source, read_documents
-print([row["text"] for row in read_documents(find_source(sys.argv[1]))])
+from ringspan.train.documents import find_source
+from ringspan.train.reading import Columns, Skipped
+print([one.content for one in find_source(sys.argv[1]).segments(Columns(), Skipped(""))])
 """
     home = tmp_path / "home"
     home.mkdir()
@@ -226,6 +361,6 @@ print([row["text"] for row in read_documents(find_source(sys.argv[1]))])
         [sys.executable, "-c", code, str(tmp_path / "text")],
         env={**variables, "HOME": str(home), "USE_TORCH": "0"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert run.stdout == "['one']\n"
+    assert run.stdout == "['one', 'one']\n"
     assert run.stderr == ""
     assert list(home.iterdir()) == []

@@ -1,13 +1,16 @@
 """Bytes and tokenizer.json files: ids, ends of documents, and what is wrong with the ones that are refused."""
 
+import base64
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ringspan.train.tokenizer import load_tokenizer, tokenizer_fingerprint
+from ringspan.train.tokenizer import END_OF_DOCUMENT, load_tokenizer, tokenizer_fingerprint, train_bpe
 
 TEXTS = ["hello world", "", "naïve 東京 \r\n\t x", "hello"]
 
@@ -69,6 +72,69 @@ def test_fingerprint_is_of_the_content(tmp_path):
     byte_bpe(first), byte_bpe(same), byte_bpe(other, special=["<eos>"])
     assert tokenizer_fingerprint(str(first)) == tokenizer_fingerprint(str(same))
     assert len({tokenizer_fingerprint(name) for name in (str(first), str(other), "bytes")}) == 3
+
+
+def test_a_trained_bpe_round_trips_and_keeps_its_end_for_documents(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    train_bpe(["the cat and the dog and the cow. " * 20] * 3, 270, file)
+    tokenizer, library = load_tokenizer(str(file)), tokenizers.Tokenizer.from_file(str(file))
+    assert tokenizer.vocab_size == 270
+    assert library.id_to_token(tokenizer.end_of_document) == END_OF_DOCUMENT[0]
+    for text, ids in zip(TEXTS, tokenizer.encode(TEXTS), strict=True):
+        assert library.decode(ids.tolist()) == text
+    assert len(tokenizer.encode(["the cat and"])[0]) < len("the cat and")
+    assert tokenizer.end_of_document not in tokenizer.encode([END_OF_DOCUMENT[0]])[0]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def tiktoken_file(path, tokens=(b"he", b"ll", b"hell", b" w")):
+    every = [*(bytes([byte]) for byte in range(256)), *tokens]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(every)))
+    return str(path)
+
+
+def test_a_tiktoken_file_merges_by_rank(tmp_path):
+    pytest.importorskip("tiktoken")
+    tokenizer = load_tokenizer(tiktoken_file(tmp_path / "some.tiktoken"))
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (261, 260)
+    (ids,) = tokenizer.encode(["hello world"])
+    assert ids.tolist() == [258, ord("o"), 259, *b"orld"]
+    every = [*(bytes([byte]) for byte in range(256)), b"he", b"ll", b"hell", b" w"]
+    assert [b"".join(every[i] for i in ids).decode() for ids in tokenizer.encode(TEXTS)] == TEXTS
+
+
+def test_a_sentencepiece_model_is_used(tmp_path):
+    package = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    text = iter(["hello world and more text"] * 9)
+    package.SentencePieceTrainer.train(sentence_iterator=text, model_writer=model, vocab_size=18, minloglevel=2)
+    (tmp_path / "a.model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(str(tmp_path / "a.model"))
+    library = package.SentencePieceProcessor(model_proto=model.getvalue())
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (18, library.eos_id())
+    assert [library.decode(ids.tolist()) for ids in tokenizer.encode(["hello text", ""])] == ["hello text", ""]
+    for content in (b"", b"junk"):
+        (tmp_path / "b.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"data\.tokenizer='.*b\.model' is not a SentencePiece model: ") as error:
+            load_tokenizer(str(tmp_path / "b.model"))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"YQ== 0 1", b"YQ== x", b"? 0", b"YQ== 0"])
+def test_what_is_no_tiktoken_file_is_named(tmp_path, content):
+    pytest.importorskip("tiktoken")
+    (tmp_path / "a.tiktoken").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.tokenizer='.*a\.tiktoken' is not a \.tiktoken file: ") as error:
+        load_tokenizer(str(tmp_path / "a.tiktoken"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("suffix", "package"), [("tiktoken", "tiktoken"), ("model", "sentencepiece")])
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, suffix, package):
+    file = tiktoken_file(tmp_path / f"a.{suffix}")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"data\.tokenizer='.*' needs the package {package}: pip install {package}$"):
+        load_tokenizer(file)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x00\xff", b"{}", json.dumps({"model": "gpt2"}).encode()])

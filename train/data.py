@@ -1,114 +1,212 @@
-"""The data of a run: which text, cut into tokens how, kept where.
+"""The data of a run: which text, cut into tokens how, kept where, packed into rows how.
 
     check(config.data)                     # at the edge: finds every mistake in the configuration, quickly
-    corpus = Corpus(prepare(config.data))  # one process: what open_corpus(config.data) does
-    rows = PackedRows(corpus, seq_len, seed, config.data.cross_document)
+    folders = prepare(config.data)         # one process: a folder for each source
+    text = Text(folders, config.data)      # all processes
+    rows = text.rows(seq_len, seed)
 
-With many ranks, rank 0 calls `prepare` and tells the others the folder it returns (a broadcast, which they wait in),
-then every rank opens `Corpus(folder)`, so that all read the same tokens even while files in data.path change. Hosts
-that share no file system each call `prepare`; `Corpus.digest` then says whether they hold the same tokens.
+With many ranks, rank 0 calls `prepare` and tells the others the folders it returns (a broadcast, which they wait in),
+then every rank opens them, so that all read the same tokens even while files in data.path change. Hosts that share no
+file system each call `prepare`; `Corpus.digest` then says whether they hold the same tokens.
 """
 
-import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from ringspan.train.corpus import FORMAT, Corpus, is_corpus, write_corpus
-from ringspan.train.documents import (
-    Source,
-    check_text,
-    find_source,
-    fingerprint,
-    read_documents,
-    without_binaries,
-)
-from ringspan.train.tokenizer import load_tokenizer, tokenizer_fingerprint
+from ringspan.train.corpus import FORMAT, Corpus, Shard, is_corpus, read_manifest, verify, write_manifest
+from ringspan.train.documents import Source, find_source
+from ringspan.train.packing import LongDocuments, Packing
+from ringspan.train.reading import Columns, Skipped, Unreadable
+from ringspan.train.shards import token_dtype, write_shards
+from ringspan.train.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 
-ABANDONED_SECONDS = 3600.0  # a preparation that has written nothing for so long was killed
+Told = Callable[[Shard], None]
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    path: str | None = None  # a text file, a .jsonl file, or a folder of them; null: Python's own standard library
-    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json
-    cross_document: bool = False  # true: documents end to end, cut at seq_len, attention and labels going across them
+    # A file (text, .jsonl, .parquet, .arrow), a folder of them, one that launch/prepare.py wrote, or hub:OWNER/NAME;
+    # null: Python's own standard library
+    path: str | None = None
+    mixture: dict[str, float] = field(
+        default_factory=dict
+    )  # instead of path: sources, and each one's share of the rows
+    column: str = "text"  # of rows: text, token ids or chat turns
+    mask_column: str | None = None  # of rows with token ids: 0 and 1; 0 is no label
+    streaming: bool = True  # of the hub; false: downloaded as a whole first
+    unreadable: Unreadable = Unreadable.skip
+    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json, a .tiktoken or a SentencePiece .model
+    packing: Packing = Packing.best_fit
+    cross_document: bool = False  # true: attention and labels go across the documents of a row
+    long_documents: LongDocuments = LongDocuments.split  # those longer than seq_len
+    overlap: int = 0  # tokens that a split document's next part begins with again, as context alone
+    shortest: int = 0  # tokens; shorter documents are left out
+    held_out: float = 0.0  # of the tokens, in whole documents, which are never trained on
+    needles: float = 0.0  # of the rows, that are a synthetic retrieval task
+    workers: int = 0  # processes that tokenise; 0: one on each core
     cache: str | None = None  # folder for tokenised text; null: ringspan in the user's cache folder
+
+    def __post_init__(self) -> None:
+        for name in ("overlap", "shortest", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be 0 or more")
+        for name in ("held_out", "needles"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be from 0 to below 1")
+        if self.mixture and self.path is not None:
+            raise ValueError(f"data.path={self.path!r}: give it or data.mixture, not both")
+        if bad := next((name for name, share in self.mixture.items() if not share > 0), None):
+            raise ValueError(f"data.mixture: the share of {bad!r} is {self.mixture[bad]}; it must be above 0")
+        if self.overlap and self.packing is Packing.concatenate:
+            raise ValueError(f"data.overlap={self.overlap}: with data.packing=concatenate rows are cut anywhere; use 0")
+        if self.overlap and self.long_documents is LongDocuments.drop:
+            raise ValueError(f"data.overlap={self.overlap}: with data.long_documents=drop nothing is split; use 0")
+
+    def sources(self) -> list["DataConfig"]:
+        """One for each source."""
+        return [replace(self, path=path, mixture={}) for path in self.mixture] if self.mixture else [self]
 
 
 def check(config: DataConfig) -> None:
     """Find mistakes before anything heavy is built. Raises ValueError with the field, its value and a way out.
 
-    Reads a MiB of text at most, or the beginnings of a folder's files up to the first that is text.
+    Reads a MiB of text at most, or the beginnings of a folder's files up to the first that is text; of the hub a row.
     """
-    source = find_source(config.path)
-    folder = _folder(config, source)
-    if is_corpus(folder):
-        return
-    check_text(source)
-    load_tokenizer(config.tokenizer)
-    _check_cache(config, source, folder.parent)
+    for one in config.sources():
+        if prepared_folder(one):
+            continue
+        source = find_source(one.path, one.streaming)
+        folder = _folder(one, source)
+        if is_corpus(folder):
+            continue
+        source.check()
+        load_tokenizer(one.tokenizer)
+        _check_cache(one, source, folder.parent)
 
 
-def prepare(config: DataConfig) -> Path:
-    """Tokenise the text unless that is done, and return the folder to open with `Corpus`.
+def prepare(config: DataConfig, told: Told = lambda shard: None) -> list[Path]:
+    """Tokenise each source unless that is done, and return the folders to open with `Corpus`.
 
-    Several processes may prepare at once, and be killed at any time: the folder appears complete or not at all. The
-    cache may be deleted whenever no run starts. Raises ValueError as `check` does, and where a file turns out not to
-    be text behind its first MiB.
+    Several processes may prepare at once: one does and the others wait. One that is killed leaves whole shards, which
+    the next one takes up. The cache may be deleted whenever no run starts. Raises ValueError as `check` does, and for
+    shards whose hash is not the one in their manifest.
     """
-    source = find_source(config.path)
-    folder = _folder(config, source)
-    if is_corpus(folder):
+    return [_prepare(one, told) for one in config.sources()]
+
+
+def _prepare(config: DataConfig, told: Told) -> Path:
+    if folder := prepared_folder(config):
+        verify(folder)
         return folder
-    check_text(source)
+    source = find_source(config.path, config.streaming)
+    folder = _folder(config, source)
+    if is_corpus(folder):
+        verify(folder)
+        return folder
+    source.check()
     _check_cache(config, source, folder.parent)
-    _remove_abandoned(folder)
-    temporary = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(8)}")
     try:
-        temporary.mkdir()
-        _write(temporary, config, source)
-        if _folder(config, source) != folder:
-            raise ValueError(f"{source.setting}: files changed while they were read; start again")
-        _publish(temporary, folder)
+        write_corpus(folder, config, source, told)
     except OSError as error:  # a full disk, say; errors of reading are ValueErrors by now
         raise ValueError(f"{_setting(config)} cannot be written: {error.strerror}; give another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """Prepare and open, in one process."""
-    return Corpus(prepare(config))
+def prepared_folder(config: DataConfig) -> Path | None:
+    """The folder of data.path, if that is what `launch/prepare.py` wrote. Raises ValueError for another tokenizer."""
+    folder = Path(os.path.expanduser(config.path or ""))
+    if config.path is None or not is_corpus(folder):
+        return None
+    made_by = read_manifest(folder)["tokenizer"]
+    if config.tokenizer != "bytes" and tokenizer_fingerprint(config.tokenizer) != made_by:
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer!r} is not the one that data.path={config.path!r} was prepared with; "
+            "leave it out"
+        )
+    return folder
 
 
-def _write(folder: Path, config: DataConfig, source: Source) -> None:
-    tokenizer = load_tokenizer(config.tokenizer)
-    text_source, skipped = without_binaries(source)
-    texts = (row["text"] for row in read_documents(text_source))
-    name = f"{source.name} ({Path(config.tokenizer).name})"
-    if not write_corpus(folder, texts, tokenizer, name=name, skipped=skipped):
-        raise ValueError(f"{source.setting} is empty: there is no text in it")
+def write_corpus(folder: Path, config: DataConfig, source: Source, told: Told = lambda shard: None) -> None:
+    """Prepare a source as `folder`, which appears complete or not at all. Raises ValueError and OSError."""
+    partial_folder, tokenizer = folder.with_name(f"{folder.name}.partial"), load_tokenizer(config.tokenizer)
+    with _locked(partial_folder):
+        if is_corpus(folder):  # another process has done it, while this one waited
+            shutil.rmtree(partial_folder)
+            return
+        before = source.fingerprint()
+        _require_same_work(partial_folder, key_of(config, source))
+        _write(partial_folder, config, source, tokenizer, told)
+        if source.fingerprint() != before:
+            shutil.rmtree(partial_folder)
+            raise ValueError(f"{source.setting}: files changed while they were read; start again")
+        partial_folder.rename(folder)
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not is_corpus(folder):  # else another process was quicker: the same tokens are there
-            raise
+def _write(folder: Path, config: DataConfig, source: Source, tokenizer: Tokenizer, told: Told) -> None:
+    skipped = Skipped(source.setting, config.unreadable is Unreadable.refuse)
+    segments = source.segments(Columns(config.column, config.mask_column), skipped)
+    workers = 1 if config.tokenizer == "bytes" else config.workers or len(os.sched_getaffinity(0))  # bytes cost nothing
+    shards = write_shards(folder, segments, partial(load_tokenizer, config.tokenizer), workers=workers, told=told)
+    if not shards:
+        shutil.rmtree(folder)
+        reason = f"; left out: {skipped.first} (and {skipped.count - 1} more)" if skipped.count else ""
+        raise ValueError(f"{source.setting} is empty: there is no text in it{reason}")
+    write_manifest(
+        folder,
+        shards,
+        token_dtype(tokenizer.vocab_size),
+        tokenizer.vocab_size,
+        name=f"{source.name} ({Path(config.tokenizer).name})",
+        tokenizer=tokenizer_fingerprint(config.tokenizer),
+        end_of_document=tokenizer.end_of_document,
+        skipped=skipped.names,
+        n_skipped=skipped.count,
+    )
+    for record in folder.glob("[0-9]*.json"):
+        record.unlink()  # the manifest has them all
+
+
+def _require_same_work(folder: Path, key: str) -> None:
+    """What another source or tokenizer left in the folder goes."""
+    marker = folder / "source"
+    if not marker.exists() or marker.read_text(encoding="utf-8") != key:
+        for path in folder.iterdir():
+            path.unlink()
+        marker.write_text(key, encoding="utf-8")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it for this process; whoever else wants it waits. Killed, a process holds it no longer."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                yield
+                return
+        finally:  # else the one that held it has renamed or deleted it, and the next turn makes it anew
+            os.close(descriptor)
 
 
 def _folder(config: DataConfig, source: Source) -> Path:
     """Where the corpus is or will be: its name is a hash of all that decides what is in it."""
-    key = json.dumps([FORMAT, source.name, fingerprint(source), source.headed, tokenizer_fingerprint(config.tokenizer)])
-    return cache_folder(config.cache) / hashlib.sha256(key.encode()).hexdigest()[:32]
+    return cache_folder(config.cache) / hashlib.sha256(key_of(config, source).encode()).hexdigest()[:32]
+
+
+def key_of(config: DataConfig, source: Source) -> str:
+    columns = [config.column, config.mask_column]
+    tokenizer = tokenizer_fingerprint(config.tokenizer)
+    return json.dumps([FORMAT, source.name, source.fingerprint(), columns, config.unreadable.value, tokenizer])
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -137,10 +235,7 @@ def _setting(config: DataConfig) -> str:
     return f"data.cache=null ({cache_folder(None)})" if config.cache is None else f"data.cache={config.cache!r}"
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Delete what killed preparations of this corpus left. Those at work write every few seconds."""
-    for temporary in folder.parent.glob(f"{folder.name}.tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # another process deletes it too
-            written = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
-            if time.time() - written > ABANDONED_SECONDS:
-                shutil.rmtree(temporary, ignore_errors=True)
+def open_corpus(config: DataConfig) -> Corpus:
+    """Prepare and open the one source of a configuration, in one process."""
+    (folder,) = prepare(config)
+    return Corpus(folder)

@@ -4,9 +4,12 @@ A row is a list of pieces, a piece is a run of one document's tokens. Everything
 seq_len, seed and the number of rows seen: that number is all there is to save and restore.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,32 +18,122 @@ from ringspan.train.corpus import Corpus
 IGNORE = -100  # label of a position that predicts nothing
 
 
+class Packing(str, Enum):
+    """Which pieces of documents share a row."""
+
+    best_fit = "best_fit"  # documents whole where they fit, rows filled best-fit decreasing
+    concatenate = "concatenate"  # documents end to end in an order drawn from the seed, cut every seq_len
+    whole = "whole"  # one document, or one part of a long one, a row; the rest of the row is padding
+
+
+class LongDocuments(Enum):
+    """What becomes of documents longer than seq_len."""
+
+    split = "split"
+    drop = "drop"
+
+
+class Rows(Protocol):
+    """Rows to train on, numbered; which comes when; and what is in them."""
+
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def order(self, rows_seen: int, n: int) -> list[int]:
+        """The next n rows after rows_seen."""
+        ...
+
+    def lengths(self, row: int) -> list[int]:
+        """Lengths of the runs that attend to themselves alone; padding is the last one. Their sum is seq_len."""
+        ...
+
+    def load(self, row: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens, labels, positions in the document) at some positions of a row, reading no more than these.
+
+        positions: int64 (n,), in any order; -1 (a shard's padding) gives token 0, label IGNORE, position 0. The row's
+        own padding gives the same tokens and labels. A document's piece counts its positions from 0, like a document.
+        Returns three int64 (n,).
+        """
+        ...
+
+
 class Pieces(NamedTuple):
     """All rows' pieces, row after row; indices are into the corpus's tokens. All int64."""
 
     start: np.ndarray  # (pieces,) index of the first token
     length: np.ndarray  # (pieces,) tokens
     follow: np.ndarray  # (pieces,) index of what the last token predicts, -1 where it predicts nothing
+    context: np.ndarray  # (pieces,) tokens at the front that predict what the document's part before has predicted
     first: np.ndarray  # (rows + 1,) row r holds pieces first[r] to first[r + 1] - 1
 
 
-class PackedRows:
-    """Rows of seq_len positions that hold every token of the corpus exactly once; what is left of a row is padding.
+@dataclass(frozen=True)
+class Waste:
+    """What does not become a label, and what of the rows is no token; logged once."""
 
-    With documents kept apart (the default), each is whole in one row, or, where it is longer than seq_len, cut into
-    pieces of seq_len and a rest; rows are filled best-fit decreasing. Every token is the label of the one before it,
-    also where a document is cut; a document's end predicts nothing, and its first token is no label.
-    With cross_document, documents follow each other in a shuffled order and are cut every seq_len; only the first token
-    of all is no label.
+    padding: float  # of all positions
+    context: float  # of all positions: tokens that are there a second time
+    cuts: int  # of documents, one for each part but the first
+    dropped_documents: int  # too long, or too short
+    dropped_tokens: int
+
+
+class PackedRows:
+    """Rows of seq_len positions that hold every token of their documents once; what is left of a row is padding.
+
+    Every token is the label of the one before it, once, also where a document is cut; its end predicts nothing, and
+    its first token is no label. With cross_document, attention and labels go on from one document of a row to the
+    next, and with `concatenate` also from row to row: only the first token of all is then no label. A part of a split
+    document begins with the last `overlap` tokens of the part before again, whose labels are IGNORE.
     """
 
-    def __init__(self, corpus: Corpus, seq_len: int, seed: int, cross_document: bool):
-        """seq_len: tokens, of a whole row;  seed: of the order, not negative."""
-        self._tokens = corpus.tokens
+    def __init__(
+        self,
+        corpus: Corpus,
+        seq_len: int,
+        seed: int,
+        cross_document: bool = False,
+        *,
+        packing: Packing = Packing.best_fit,
+        long_documents: LongDocuments = LongDocuments.split,
+        overlap: int = 0,
+        shortest: int = 0,
+        documents: np.ndarray | None = None,
+    ):
+        """seq_len: tokens, of a whole row;  seed: of the order, not negative;  documents: those to take, None all.
+
+        Raises ValueError where no document is left, or overlap is not below seq_len.
+        """
+        if overlap >= seq_len:
+            raise ValueError(f"data.overlap={overlap}: must be below seq_len={seq_len}")
+        self._tokens, self._labelled = corpus.tokens, corpus.labelled
         self._cross_document = cross_document
         self.seq_len = seq_len
-        starts = corpus.starts
-        self._pieces = concatenate(starts, seq_len, seed) if cross_document else pack(starts, seq_len)
+        start, stop = corpus.starts[:-1], corpus.starts[1:]
+        if documents is not None:
+            start, stop = start[documents], stop[documents]
+        length = stop - start
+        kept = (length >= shortest) & ((length <= seq_len) | (long_documents is LongDocuments.split))
+        if not kept.any():
+            raise ValueError(
+                f"no document is left: of {len(kept):,}, {int((length < shortest).sum()):,} are shorter than "
+                f"data.shortest={shortest} and {int((length > seq_len).sum()):,} longer than seq_len={seq_len} "
+                f"(data.long_documents={long_documents.value})"
+            )
+        start, stop = start[kept], stop[kept]
+        if packing is Packing.concatenate:
+            self._pieces = concatenate(start, stop, seq_len, seed, cross_document)
+        else:
+            self._pieces = pack(start, stop, seq_len, overlap, packing is Packing.best_fit, cross_document)
+        positions = len(self) * seq_len
+        self.waste = Waste(
+            padding=1 - float(self._pieces.length.sum()) / positions,
+            context=float(self._pieces.context.sum()) / positions,
+            cuts=len(self._pieces.start) - len(start),
+            dropped_documents=int((~kept).sum()),
+            dropped_tokens=int(length[~kept].sum()),
+        )
         # An epoch's order costs 15 ms a million rows; a call needs at most the present epoch's and the next one's.
         self._epoch = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(len(self)))
 
@@ -52,40 +145,44 @@ class PackedRows:
         return [int(self._epoch(i // len(self))[i % len(self)]) for i in range(rows_seen, rows_seen + n)]
 
     def lengths(self, row: int) -> list[int]:
-        """Lengths of the runs that attend to themselves alone; padding is the last one. Their sum is seq_len."""
         return np.diff(self._bounds(self._edges(row)), append=self.seq_len).tolist()
 
-    def label_count(self, row: int) -> int:
-        """How many of the row's labels are not IGNORE."""
-        pieces = self._row(row)
-        return int(pieces.length.sum() - (pieces.follow < 0).sum())
-
     def load(self, row: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens, labels, positions in the document) at some positions of a row, reading no more than these.
-
-        positions: int64 (n,), in any order; -1 (a shard's padding) gives token 0, label IGNORE, position 0. The row's
-        own padding gives the same tokens and labels. A document's piece counts its positions from 0, like a document.
-        Returns three int64 (n,).
-        """
         assert positions.size == 0 or -1 <= positions.min() <= positions.max() < self.seq_len, "not in the row"
-        pieces, edges, bounds = self._row(row), self._edges(row), self._bounds(self._edges(row))
-        real = (positions >= 0) & (positions < edges[-1])
-        piece = np.searchsorted(edges, positions[real], side="right") - 1
-        within = positions[real] - edges[piece]
-        index = pieces.start[piece] + within
-        follow = np.where(within < pieces.length[piece] - 1, index + 1, pieces.follow[piece])
-        tokens = np.zeros(len(positions), np.int64)
-        tokens[real] = self._tokens[index]
+        pieces, edges = self._row(row), self._edges(row).tolist()
+        tokens, within = np.zeros(len(positions), np.int64), np.zeros(len(positions), np.int64)
         labels = np.full(len(positions), IGNORE, np.int64)
-        labels[real] = np.where(follow >= 0, self._tokens[follow].astype(np.int64), IGNORE)
-        begin = bounds[np.searchsorted(bounds, positions, side="right") - 1]
-        return tokens, labels, np.where(positions >= 0, positions - begin, 0)
+        for at, begin, stop, piece in parts(positions, [*edges, self.seq_len]):
+            here = slice(at, at + stop - begin)
+            is_padding = piece == len(pieces.start)
+            base = 0 if self._cross_document and not is_padding else edges[piece]
+            within[here] = np.arange(begin - base, stop - base)
+            if not is_padding:
+                source = int(pieces.start[piece]) - edges[piece]  # of position 0, were the piece that long
+                tokens[here] = self._tokens[source + begin : source + stop]
+                self._label(labels[here], pieces, piece, begin - edges[piece])
+        return tokens, labels, within
+
+    def _label(self, labels: np.ndarray, pieces: Pieces, piece: int, offset: int) -> None:
+        """Fill in the labels of some tokens of a piece, from its `offset` on."""
+        first = int(pieces.start[piece]) + offset + 1  # what the first one predicts
+        inside = min(len(labels), int(pieces.length[piece]) - offset - 1)  # those that predict tokens of the piece
+        labels[:inside] = self._targets(first, first + inside)
+        follow = int(pieces.follow[piece])
+        if inside < len(labels) and follow >= 0:
+            labels[inside:] = self._targets(follow, follow + 1)
+        labels[: max(0, int(pieces.context[piece]) - offset)] = IGNORE
+
+    def _targets(self, start: int, stop: int) -> np.ndarray:
+        found = self._tokens[start:stop].astype(np.int64)
+        if self._labelled is not None:
+            found[self._labelled[start:stop] == 0] = IGNORE
+        return found
 
     def _row(self, row: int) -> Pieces:
         here = slice(self._pieces.first[row], self._pieces.first[row + 1])
-        return Pieces(
-            self._pieces.start[here], self._pieces.length[here], self._pieces.follow[here], self._pieces.first
-        )
+        p = self._pieces
+        return Pieces(p.start[here], p.length[here], p.follow[here], p.context[here], p.first)
 
     def _edges(self, row: int) -> np.ndarray:
         """Where each piece begins in the row, then where padding does."""
@@ -97,30 +194,56 @@ class PackedRows:
         return bounds[:-1] if bounds[-1] == self.seq_len else bounds
 
 
-def pack(starts: np.ndarray, seq_len: int) -> Pieces:
-    """Documents apart: cut only what is longer than a row. starts: int64 (documents + 1,), as in `Corpus`."""
-    pieces_of = -(-np.diff(starts) // seq_len)
-    document = np.repeat(np.arange(len(pieces_of)), pieces_of)
+def parts(positions: np.ndarray, edges: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """(index, first position, behind the last one, piece) of each run of consecutive positions inside one piece.
+
+    Piece p has positions edges[p] to edges[p + 1] - 1. Positions of -1 are in none.
+    """
+    broken = (np.diff(positions) != 1) | (positions[1:] == 0)
+    starts = np.concatenate([[0], np.flatnonzero(broken) + 1]) if len(positions) else np.empty(0, np.int64)
+    for at, n in zip(starts.tolist(), np.diff(starts, append=len(positions)).tolist(), strict=True):
+        begin = int(positions[at])
+        end = begin + n
+        while 0 <= begin < end:
+            piece = bisect_right(edges, begin) - 1
+            stop = min(end, edges[piece + 1])
+            yield at + n - (end - begin), begin, stop, piece
+            begin = stop
+
+
+def pack(start: np.ndarray, stop: np.ndarray, seq_len: int, overlap: int, fill: bool, cross_document: bool) -> Pieces:
+    """Cut only what is longer than a row. Document d is tokens start[d] to stop[d] - 1; fill: rows take several."""
+    stride = seq_len - overlap
+    pieces_of = 1 - np.minimum(0, seq_len - (stop - start)) // stride
+    document = np.repeat(np.arange(len(start)), pieces_of)
     number = np.arange(len(document)) - np.repeat(np.cumsum(pieces_of) - pieces_of, pieces_of)
-    start = starts[document] + number * seq_len
-    stop = np.minimum(start + seq_len, starts[document + 1])
-    follow = np.where(stop < starts[document + 1], stop, -1)
-    row = best_fit(stop - start, seq_len)
+    begin = start[document] + number * stride
+    end = np.minimum(begin + seq_len, stop[document])
+    row = best_fit(end - begin, seq_len) if fill else np.arange(len(begin))
     order = np.argsort(row, kind="stable")
+    row, number, begin, end, document = (values[order] for values in (row, number, begin, end, document))
+    follow = np.where(end < stop[document], end, -1)
+    if cross_document:  # a part that is not the first has been predicted by the part before
+        goes_on = np.append((row[1:] == row[:-1]) & (number[1:] == 0), False)
+        follow = np.where(goes_on, np.append(begin[1:], -1), follow)
     first = np.concatenate([[0], np.cumsum(np.bincount(row))])
-    return Pieces(start[order], (stop - start)[order], follow[order], first)
+    return Pieces(begin, end - begin, follow, np.where(number > 0, overlap, 0), first)
 
 
-def concatenate(starts: np.ndarray, seq_len: int, seed: int) -> Pieces:
-    """Documents end to end in an order drawn from seed, cut every seq_len. starts as in `Corpus`."""
-    order = np.random.default_rng(seed).permutation(len(starts) - 1)
-    ends = np.cumsum(np.diff(starts)[order])  # in the stream
-    begins, cuts = ends - np.diff(starts)[order], np.arange(0, ends[-1], seq_len)
+def concatenate(start: np.ndarray, stop: np.ndarray, seq_len: int, seed: int, cross_document: bool) -> Pieces:
+    """Documents end to end in an order drawn from seed, cut every seq_len. start and stop as for `pack`."""
+    order = np.random.default_rng(seed).permutation(len(start))
+    start, length = start[order], (stop - start)[order]
+    ends = np.cumsum(length)  # in the stream
+    begins, cuts = ends - length, np.arange(0, ends[-1], seq_len)
     edges = np.union1d(begins, cuts)  # a piece begins where a document or a row does
     document = np.searchsorted(ends, edges, side="right")
-    start = starts[order[document]] + edges - begins[document]
+    begin = start[document] + edges - begins[document]
+    follow = np.append(begin[1:], -1)
+    if not cross_document:
+        follow[:-1][document[1:] != document[:-1]] = -1
     first = np.append(np.searchsorted(edges, cuts), len(edges))
-    return Pieces(start, np.diff(edges, append=ends[-1]), np.append(start[1:], -1), first)
+    return Pieces(begin, np.diff(edges, append=ends[-1]), follow, np.zeros_like(begin), first)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -1,12 +1,18 @@
-"""Text to token ids: the bytes themselves, or any Hugging Face tokenizer.json."""
+"""Text to token ids: the bytes themselves, a Hugging Face tokenizer.json, a .tiktoken or a SentencePiece .model."""
 
+import base64
+import binascii
 import hashlib
+import importlib
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 # What tokenizers call the token that ends a document, the most specific first (the bars are U+FF5C, the box U+2581).
 END_OF_DOCUMENT = (
@@ -20,6 +26,13 @@ END_OF_DOCUMENT = (
     "[EOS]",
     "<EOS>",
 )
+
+# A .tiktoken file has ranks alone; where words end is not in it. Contractions, words with the one character before
+# them, up to three digits, runs of signs, line ends, spaces: what those that are distributed as such files share.
+TIKTOKEN_WORDS = (
+    r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WAY_OUT = "give 'bytes' or the path of a tokenizer.json, a .tiktoken or a SentencePiece .model file"
 
 
 class Tokenizer(Protocol):
@@ -67,22 +80,105 @@ class JsonTokenizer:
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
+class TiktokenTokenizer:
+    """A .tiktoken file, a base64 token and its rank on each line; the id behind the last one ends a document."""
+
+    def __init__(self, file: str, content: bytes):
+        """Raises ValueError where the package `tiktoken` is not installed, or `content` is no such file."""
+        package = _package("tiktoken", file)
+        try:
+            pairs = [line.split() for line in content.splitlines() if line]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"data.tokenizer={file!r} is not a .tiktoken file: {error}") from error
+        if not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+            raise ValueError(f"data.tokenizer={file!r} is not a .tiktoken file: it has not a token for every byte")
+        self.end_of_document = max(ranks.values()) + 1
+        self.vocab_size = self.end_of_document + 1
+        self._encoding = package.Encoding(
+            Path(file).stem, pat_str=TIKTOKEN_WORDS, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(self._encoding.encode_ordinary(text), dtype=np.uint32) for text in texts]
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece .model file. Its own end-of-sentence token ends a document, else the id behind its last."""
+
+    def __init__(self, file: str, content: bytes):
+        """Raises ValueError where the package `sentencepiece` is not installed, or `content` is no model."""
+        package = _package("sentencepiece", file)
+        self._processor = package.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+            size = self._processor.vocab_size()
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"data.tokenizer={file!r} is not a SentencePiece model: {_line(error)}") from error
+        if not size:
+            raise ValueError(f"data.tokenizer={file!r} has an empty vocabulary; give one that is trained")
+        self.end_of_document = self._processor.eos_id() if self._processor.eos_id() >= 0 else size
+        self.vocab_size = max(size, self.end_of_document + 1)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(self._processor.encode(text), dtype=np.uint32) for text in texts]
+
+
+# By the file's suffix
+KINDS: dict[str, Callable[[str, bytes], Tokenizer]] = {".tiktoken": TiktokenTokenizer, ".model": SentencePieceTokenizer}
+
+
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: "bytes", or the path of a tokenizer.json. Raises ValueError."""
-    return ByteTokenizer() if name == "bytes" else JsonTokenizer(name, _content(name))
+    """The tokenizer that `data.tokenizer` names: "bytes", or the path of a file. Raises ValueError."""
+    if name == "bytes":
+        return ByteTokenizer()
+    return KINDS.get(Path(name).suffix, JsonTokenizer)(name, _content(name))
 
 
 def tokenizer_fingerprint(name: str) -> str:
     """Changes with whatever changes ids. Raises ValueError if there is no such file."""
-    return name if name == "bytes" else hashlib.sha256(_content(name)).hexdigest()
+    if name == "bytes":
+        return name
+    kind = Path(name).suffix if Path(name).suffix in KINDS else ""
+    return hashlib.sha256(_content(name)).hexdigest() + kind
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
+    """Train a byte-level BPE (Sennrich et al., arXiv 1508.07909) on texts and write a tokenizer.json.
+
+    vocab_size: at most, with the 256 bytes and the token that ends a document.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT[0]],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    half = file.with_name(f"{file.name}.tmp")
+    tokenizer.save(str(half))
+    os.replace(half, file)  # a killed training leaves no half of a tokenizer
+
+
+def _package(name: str, file: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"data.tokenizer={file!r} needs the package {name}: pip install {name}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _content(name: str) -> bytes:
-    way_out = "give 'bytes' or the path of a tokenizer.json"
     file = Path(os.path.expanduser(name))
     if not name or not file.exists():
-        raise ValueError(f"data.tokenizer={name!r} does not exist; {way_out}")
+        raise ValueError(f"data.tokenizer={name!r} does not exist; {WAY_OUT}")
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ValueError(f"data.tokenizer={name!r} cannot be read ({error.strerror}); {way_out}") from error
+        raise ValueError(f"data.tokenizer={name!r} cannot be read ({error.strerror}); {WAY_OUT}") from error
