@@ -1,6 +1,7 @@
 """Train a model.
 
-torchrun --nproc_per_node=4 launch/train.py seq_len=65536    torchrun starts the workers
+torchrun --nproc_per_node=4 launch/train.py seq_len=65536    torchrun starts the workers; with --max-restarts=3 a run
+                                                             goes on from its newest checkpoint when a rank has died
 python launch/train.py seq_len=65536                         one process
 python launch/train.py nproc=4 seq_len=65536                 starts 4 workers itself
 python launch/train.py -m nproc=4 seq_len=16384,32768        a sweep: 4 fresh workers per job
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+import hydra.utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -33,6 +35,7 @@ from ringspan.parallel.workers import (
     torchrun_place,
     under_torchrun,
 )
+from ringspan.train import restart
 from ringspan.train.config import TrainConfig, check, explain, typed
 from ringspan.train.loop import train
 
@@ -80,13 +83,18 @@ def lead(place: Place) -> int:
             config.nproc = local_world
             return run(config, run_dir)
         check_machine(config, place.world, local_world)
+        restart.remember(config.name, run_dir)
         give((config, run_dir))
         if code := work(place, config, run_dir):
             sys.exit(code)
         return None
 
     try:
+        sys.argv[1:] = restart.arguments(sys.argv[1:])
         return with_hydra(on_job)
+    except ValueError as error:
+        say(tell(error))
+        return 1
     finally:
         give(None)  # --help, --cfg or a mistake: there is no job
 
@@ -129,6 +137,8 @@ def with_hydra(task: Task) -> int:
         forget_if_empty(Path(HydraConfig.get().runtime.output_dir))
         sys.exit(1)
 
+    # By Hydra's callbacks, which any file it reads may name, a configuration could run code; ours are values
+    hydra.utils.instantiate = no_code
     # Hydra then raises what it would print, over several lines and with a hint at this very variable
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -142,6 +152,10 @@ def with_hydra(task: Task) -> int:
         say(f"failed, {len(failed)} of the sweep: {', '.join(failed)}")
         return 1
     return 0
+
+
+def no_code(*_: object, **__: object) -> object:
+    raise HydraException("hydra.callbacks: a configuration cannot run code here; delete that key")
 
 
 def settled(cfg: DictConfig) -> tuple[TrainConfig, str]:

@@ -99,21 +99,61 @@ def test_bf16_follows_fp32_at_every_stage(ranks):
         assert got == [pytest.approx(step, rel=16 * torch.finfo(torch.bfloat16).eps) for step in curve]
 
 
+SUMMED = OptimConfig(lr=1e-2, eps=1e-2, beta1=0.5)
+
+
+def gradient(zero, micro_batches):
+    """What the optimizer is given for these, by (parameter, first element): its first moment is half of it."""
+    g, rank = torch.Generator().manual_seed(5), dist.get_rank()
+    tokens, labels = torch.randint(VOCABULARY, (2, 16, TOKENS), generator=g)
+    config = EngineConfig(zero=zero, dtype=Dtype.bf16, clip=0.0)
+    engine = Engine(build, config, SUMMED, 8, torch.device("cpu"))  # fp32 sums, also of one
+    for number in micro_batches:
+        loss = engine.loss_sum(*inputs(*(x[2 * number + rank, None] for x in (tokens, labels))))
+        engine.backward(loss, torch.tensor(labels.numel()), last=number == micro_batches[-1])
+    engine.step(1e-2)
+    moments = {(name, at): x for kind, name, at, x in engine.state.to_save() if kind == "exp_avg"}
+    return {key: moment.double() / 0.5 for key, moment in moments.items()}
+
+
+def error_of_the_sum(zero):
+    whole, alone = gradient(zero, range(8)), [gradient(zero, [number]) for number in range(8)]
+    exact = {key: sum(part[key] for part in alone) for key in whole}
+    wrong = sum((whole[key] - exact[key]).square().sum() for key in whole)
+    return (wrong / sum(x.square().sum() for x in exact.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_micro_batches_in_bf16_are_summed_in_fp32(zero, ranks):
+    """Against the sum in fp64 of what each gives alone."""
+    for error in ranks(2)(error_of_the_sum, zero, timeout=200):
+        assert error < 8 * torch.finfo(torch.float32).eps  # bf16 sums are off by 4e-3
+
+
 def poisoned(zero):
+    """Norms of a step with a gradient of NaN and of one with a loss of infinity; then of a good one, and that."""
     engine = Engine(build, EngineConfig(zero=zero), OPTIM, 1, torch.device("cpu"))
     tokens, labels = next(batches())
-    before = weights(engine)
-    loss = engine.loss_sum(*inputs(tokens, labels))
-    engine.backward(loss * (math.nan if dist.get_rank() == 1 else 1), (labels >= 0).sum(), last=True)
-    norm = engine.step(1e-2)
-    return norm, all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    before, bad, count = weights(engine), dist.get_rank() == 1, (labels >= 0).sum()
+    norms = []
+    for spoil in (lambda loss: loss * math.nan, lambda loss: loss + math.inf):
+        loss = engine.loss_sum(*inputs(tokens, labels))
+        engine.backward(spoil(loss) if bad else loss, count, last=True)
+        norms.append(engine.step(1e-2))
+    unchanged = all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    engine.backward(engine.loss_sum(*inputs(tokens, labels)), count, last=True)
+    plain = build("cpu", torch.float32)
+    (dist.get_world_size() * plain(*inputs(tokens, labels)) / count).backward()  # every rank has all rows here
+    expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()]).item()
+    return norms, unchanged, engine.step(1e-2), expected
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_gradient_that_is_not_finite_changes_no_weight(zero, ranks):
-    for norm, unchanged in ranks(2)(poisoned, zero, timeout=200):
-        assert not math.isfinite(norm)
+def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight_and_no_later_step(zero, ranks):
+    for norms, unchanged, good, expected in ranks(2)(poisoned, zero, timeout=200):
+        assert not any(math.isfinite(norm) for norm in norms)
         assert unchanged
+        assert good == pytest.approx(expected, rel=1e-5)
 
 
 def shards():

@@ -80,7 +80,12 @@ def test_torchrun_from_another_folder(here, small):
     assert (here / "runs" / "x" / "checkpoints" / "step-00000003").is_dir()
     assert list((here / "runs" / "x" / "wandb").glob("offline-run-*"))
     told = json.loads((here / "runs" / "x" / "run.json").read_text())
-    assert told["attention"] == {"backend": "torch", "transport": "p2p", "layout": "zigzag"}
+    assert told["attention"] == {
+        "strategy": "ring",
+        "backend": "torch",
+        "transport": "p2p",
+        "layout": "balanced",
+    }
     assert told["mesh"] == {"data": 1, "ring": 2, "ulysses": 1}
     assert told["config"]["seq_len"] == 65
     assert {path.name for path in here.iterdir()} == {"runs"}
@@ -185,6 +190,32 @@ def test_a_mistake_that_all_ranks_find_in_training_is_told_once(here, small):
     assert len(told) == 1, done.stderr
     assert "lower optim.lr (now 1e+30)" in told[0]
     assert "loop.py" not in done.stderr, "a traceback for a user's mistake"
+
+
+def test_torchrun_goes_on_by_itself_after_a_killed_rank(here, small):
+    """In one folder, though the name is the time of the start, from its own checkpoint, and in the same W&B run."""
+    torchrun = [*TORCHRUN, "--max-restarts=1", SCRIPT, *small, "seq_len=65", "steps=60", "train.save_every=4"]
+    job = Started([*torchrun, "resume=none", "train.keep=0"], here)
+    job.wait_for("step 20/60")
+    os.kill(max(children_of(job.process.pid)), signal.SIGKILL)
+    assert job.end() == 0, job.said
+    (folder,) = (here / "runs").iterdir()
+    assert [line["step"] for line in metrics(folder)] == list(range(1, 61))
+    resumed = json.loads((folder / "run.json").read_text())["resumed"]
+    assert 12 <= int(resumed[-8:]) < 60
+    runs = {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")}
+    assert runs == {(folder / "wandb_id").read_text().strip()}
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except OSError:  # it has just left
+            continue
+    return found
 
 
 def rank_sum(base: int) -> int:

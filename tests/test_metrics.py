@@ -25,6 +25,9 @@ NUMBERS = {
     "step_flops": 8e12,
     "step_seconds": 0.5,
     "data_seconds": 0.05,
+    "save_seconds": 0.01,
+    "ring_imbalance": 0.02,
+    "skipped": 2,
     "world": 4,
     "device": CPU,
 }
@@ -69,10 +72,13 @@ def test_a_record_by_hand(monkeypatch):
         "train/loss": 2.5,
         "train/grad_norm": 0.7,
         "train/lr": 1e-3,
+        "train/skipped": 2,
         "perf/tokens_per_second_per_gpu": 1000.0,  # 2000 tokens in half a second on 4
         "perf/mfu": 0.2,  # 16e12 FLOP/s on 4 chips of 20e12
         "perf/step_seconds": 0.5,
         "perf/data_seconds": 0.05,
+        "perf/save_seconds": 0.01,
+        "perf/ring_imbalance": 0.02,
         "memory/peak_allocated_gib": 1.5,
         "memory/peak_reserved_gib": 2.5,
     }

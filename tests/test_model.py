@@ -7,7 +7,8 @@ from torch.nn.functional import cross_entropy, silu
 from ringspan.kernels import torch_backend
 from ringspan.kernels.attention import attention
 from ringspan.kernels.spans import Spans
-from ringspan.train.model import GPT, Activations, ModelConfig, rotary
+from ringspan.train.model import GPT, Activations, ModelConfig
+from ringspan.train.rotary import Rope
 
 VOCABULARY = 61
 
@@ -179,7 +180,7 @@ def test_bf16_model_is_near_the_fp64_one():
 
 
 def test_rotary_positions_are_exact_at_a_million_tokens():
-    cos, _ = rotary(torch.tensor([[1_000_000]]), 8, 10_000.0, torch.float32)
+    cos, _ = Rope(8, 10_000.0)(torch.tensor([[1_000_000]]), torch.float32)
     expected = [math.cos(1e6 * 10_000.0 ** (-i / 8)) for i in range(0, 8, 2)]
     torch.testing.assert_close(cos[0, 0, 0], torch.tensor(expected), rtol=0, atol=1e-7)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringspan.parallel.mesh import LayoutName, ParallelConfig
+from ringspan.parallel.mesh import LayoutName, ParallelConfig, StrategyName
 from ringspan.train.config import TrainConfig
 from ringspan.train.data import DataConfig
 from ringspan.train.engine import EngineConfig
@@ -17,7 +17,7 @@ from ringspan.train.model import Activations, ModelConfig
 from ringspan.train.optim import OptimConfig
 
 SEQ_LEN, ROWS, STEPS = 64, 8, 20
-STAGES, ACCUMULATIONS = (0, 1, 2, 3), (1, 2)
+STAGES = (0, 1, 2, 3)
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)]  # data, ring, ulysses
 
 
@@ -94,10 +94,11 @@ def expected(root, ragged, ranks):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_stage_and_accumulation_gives_the_same_curve(mesh, root, ragged, expected, ranks):
+    """Half of the product: a stage has one micro-batch a step on every other mesh, and two on the others."""
+    turn = MESHES.index(mesh)
     configs = [
-        job(root, f"{mesh}-{zero}-{n}", ragged, mesh=mesh, zero=zero, accumulation=n, n_layers=1)
+        job(root, f"{mesh}-{zero}", ragged, mesh=mesh, zero=zero, accumulation=1 + (zero + turn) % 2, n_layers=1)
         for zero in STAGES
-        for n in ACCUMULATIONS
     ]
     ranks(math.prod(mesh))(run_all, configs, timeout=280)
     for config in configs:
@@ -114,9 +115,10 @@ def test_every_layout_and_activation_policy_gives_the_same_curve(root, ranks):
         for layout, policy, zero in [
             ("zigzag", "recompute", 1),
             ("striped", "recompute_keep_attention", 2),
-            ("zigzag", "recompute_keep_attention", 3),
+            ("balanced", "recompute_keep_attention", 3),
         ]
     ]
+    configs[1].parallel.strategy = StrategyName.allgather
     ranks(2)(run_all, configs, timeout=280)
     for config in configs:
         assert_same_curve(config, curve(reference))

@@ -20,10 +20,13 @@ from ringspan.parallel.mesh import ParallelConfig
 from ringspan.train.data import DataConfig
 from ringspan.train.data import check as check_data
 from ringspan.train.engine import EngineConfig
+from ringspan.train.evaluate import EvaluationConfig
+from ringspan.train.initial import find_weights
 from ringspan.train.loop import LoopConfig
 from ringspan.train.metrics import LoggerConfig
 from ringspan.train.model import ModelConfig
 from ringspan.train.optim import OptimConfig
+from ringspan.train.phases import Phase, check_phases
 
 
 @dataclass(kw_only=True)
@@ -34,19 +37,29 @@ class TrainConfig:
     steps: int = 100  # updates of the weights
     seed: int = 0  # of the first weights and of the order of the rows
     nproc: int = 1  # processes to start; 0: one on each GPU here, 2 where there is none; torchrun has its own count
-    resume: str = "auto"  # the newest checkpoint in run_dir if there is one | none | a checkpoint's folder
+    resume: str = "auto"  # the newest whole checkpoint in run_dir if there is one | none | a checkpoint's folder
+    init: str | None = None  # the first weights: a folder in Hugging Face's layout, or a checkpoint; null: drawn
+    deterministic: bool = False  # the same bits from the same start, on the same mesh; slower on GPUs
+    phases: list[Phase] = field(default_factory=list)  # a length curriculum: other lengths of rows from some steps on
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
         for name, least in (("seq_len", 1), ("steps", 1), ("seed", 0), ("nproc", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
+        check_phases(self.phases)
+        if self.evaluation.every and not (self.data.held_out or self.data.needles):
+            raise ValueError(
+                f"evaluation.every={self.evaluation.every}: there is nothing to measure; give data.held_out, 0.02 for "
+                "example, or data.needles"
+            )
 
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -57,7 +70,7 @@ def check(config: TrainConfig, world: int, device_type: str) -> None:
 
     Raises:
         ValueError: sizes that do not multiply to ``world``, heads that do not divide, a dtype that the device or the
-            engine cannot do, a checkpoint that is not there, data that cannot be read.
+            engine cannot do, a checkpoint that is not there, first weights of another model, data that cannot be read.
     """
     _, _, ulysses = config.parallel.sizes(world)
     if config.model.n_heads % ulysses:
@@ -68,6 +81,7 @@ def check(config: TrainConfig, world: int, device_type: str) -> None:
     config.engine.resolve(device_type)
     if config.resume not in {"auto", "none"} and not Path(config.resume).is_dir():
         raise ValueError(f"resume={config.resume}: no such folder; give auto, none or a checkpoint's folder")
+    find_weights(config.init, config.model)
     check_data(config.data)
 
 
@@ -99,8 +113,8 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(cast(DictConfig, part), f"{prefix}{name}.")
 
 
-def explain(error: Exception) -> str:
-    """One line of what Hydra or OmegaConf has against a configuration, with the nearest name that there is."""
+def explain(error: Exception, schema: type = TrainConfig) -> str:
+    """One line of what Hydra or OmegaConf has against a configuration, with the nearest name that ``schema`` has."""
     chain: list[BaseException] = [error]
     while (deeper := chain[-1].__cause__) is not None:
         chain.append(deeper)
@@ -110,15 +124,15 @@ def explain(error: Exception) -> str:
     inner = next((one for one in chain if isinstance(one, OmegaConfBaseException)), None)
     key = str((inner and inner.full_key) or "")
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
-        return _unknown_key(key)
+        return _unknown_key(key, schema)
     said = " ".join(str(inner if key else error).split("full_key:")[0].split())
     return f"{key}: {said}" if key and key not in said else said
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, schema: type = TrainConfig) -> str:
     parent = key.rpartition(".")[0]
-    siblings = [name for name in field_names() if name.rpartition(".")[0] == parent]
-    return f"{key}: there is no such key; {_nearest(key, siblings or [field.name for field in fields(TrainConfig)])}"
+    siblings = [name for name in field_names(schema) if name.rpartition(".")[0] == parent]
+    return f"{key}: there is no such key; {_nearest(key, siblings or [field.name for field in fields(schema)])}"
 
 
 def _unknown_option(error: MissingConfigException) -> str:

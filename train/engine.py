@@ -6,13 +6,14 @@ token losses times world / label tokens of the step makes that average the exact
 """
 
 import importlib
+import io
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,8 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringspan.train.optim import OptimConfig, adamw
-
-TAG = "engine"  # DeepSpeed's own folder inside a checkpoint
+from ringspan.train.state import State
 
 
 class Dtype(str, Enum):
@@ -78,13 +78,27 @@ class Engine:
             shape.numel() for shape in shapes if len(shape) < 2
         )
         optimizer = adamw(model.parameters(), optim, device)
-        self.deepspeed: Any = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )[0]
+        with redirect_stdout(io.StringIO()):  # one of its optimizers prints how much memory there is, eight times
+            self.deepspeed: Any = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )[0]
+        self.state = State(self.deepspeed, config.zero)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.deepspeed.module
 
     def loss_sum(self, *inputs: Any) -> Tensor:
         """Forward: this rank's sum of token losses."""
         return self.deepspeed(*inputs)
+
+    def token_losses(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Forward alone: (loss, whether the likeliest token is the label) of each of this rank's tokens."""
+        self.deepspeed.eval()
+        with torch.no_grad():
+            found = self.deepspeed(*inputs, each=True)
+        self.deepspeed.train()
+        return found
 
     def backward(self, loss_sum: Tensor, step_tokens: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss_sum / step_tokens`` over all ranks; ``last`` is the step's last micro-batch.
@@ -92,8 +106,10 @@ class Engine:
         ``step_tokens`` is the label tokens of all ranks and micro-batches of the step, a scalar on the device.
         """
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        # DeepSpeed divides the sum over ranks by world: times world, and it is the sum again.
-        self.deepspeed.backward(loss_sum * (self.world / step_tokens), scale_wrt_gas=False)
+        # DeepSpeed divides the sum over ranks by world: times world, and it is the sum again. A loss that is not finite
+        # may have a gradient that is: 0 x infinity = NaN, and the step is skipped.
+        scale = self.world / step_tokens + 0 * loss_sum.detach()
+        self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """Clip and update; the norm of the whole gradient before clipping. Where it is not finite, nothing changes."""
@@ -103,18 +119,11 @@ class Engine:
             norm = float(self._norm())
             if math.isfinite(norm):
                 self.deepspeed.step()
+            else:
+                self.model.zero_grad()
             return norm
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else math.nan
-
-    def save(self, folder: Path) -> None:
-        """Every rank writes its part into ``folder``; together."""
-        self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """What ``save`` wrote, on as many ranks at the same stage."""
-        loaded, _ = self.deepspeed.load_checkpoint(str(folder), tag=TAG)
-        assert loaded, folder
 
     def _norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters()])
@@ -128,6 +137,8 @@ def deepspeed_settings(config: EngineConfig, dtype: torch.dtype, accumulation: i
         "gradient_clipping": config.clip,  # its own default is 1
         "communication_data_type": "fp32",  # sums of bf16 gradients over many ranks lose digits
         "bf16": {"enabled": dtype is torch.bfloat16},
+        # Micro-batches are summed in fp32: eight in bf16 lose 0.4 % of the gradient. One needs no sum, and no memory.
+        "data_types": {"grad_accum_dtype": "fp32" if accumulation > 1 else None},
         "zero_optimization": {
             "stage": config.zero,
             "memory_efficient_linear": False,  # would replace torch's linear for the whole process; ours needs no help
@@ -136,6 +147,24 @@ def deepspeed_settings(config: EngineConfig, dtype: torch.dtype, accumulation: i
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, torch takes algorithms that give the same bits each time; attention's backends ask it for that."""
+    if not wanted:
+        yield
+        return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when its first handle is made
+    fills: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), fills.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    fills.fill_uninitialized_memory = False  # what we allocate is all written before it is read
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        fills.fill_uninitialized_memory = before[1]
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -21,21 +16,25 @@ from torch import Tensor
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
-from ringspan.parallel.workers import under_torchrun
-from ringspan.train import checkpoint
-from ringspan.train.corpus import Corpus
+from ringspan.train import checkpoint, manifest
+from ringspan.train.agree import any_rank, from_rank_zero, of_every_rank
+from ringspan.train.checkpoint import Checkpointer
 from ringspan.train.data import prepare
-from ringspan.train.engine import Engine
+from ringspan.train.engine import Engine, deterministic
+from ringspan.train.evaluate import Evaluation
+from ringspan.train.health import Spikes, report, watched
+from ringspan.train.initial import open_weights
 from ringspan.train.metrics import RunLog, flops_per_step, plain, record
 from ringspan.train.model import GPT, Activations
 from ringspan.train.optim import learning_rate
-from ringspan.train.packing import PackedRows
+from ringspan.train.phases import Phase, phase_at
+from ringspan.train.rows import Text, packing_facts
 from ringspan.train.step import Batches, MicroBatch, Prefetch
+from ringspan.train.stopping import resume_command, signals
+from ringspan.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ringspan.train.config import TrainConfig  # which needs LoopConfig
-
-Value = TypeVar("Value")
 
 
 class Backend(str, Enum):
@@ -53,9 +52,19 @@ class LoopConfig:
     attention: Backend = Backend.auto
     log_every: int = 1  # steps
     save_every: int = 0  # steps between checkpoints; 0: only at the end
+    keep: int = 3  # newest checkpoints to keep; 0: all
+    keep_every: int = 0  # checkpoints at multiples of so many steps stay for good; 0: none
+    keep_best: bool = False  # the checkpoint of the lowest logged loss stays too
+    skip_limit: int = 5  # steps in a row without a finite gradient, after which the run stops
+    max_hours: float = 0.0  # of wall clock; then the run saves and leaves as at a SIGTERM; 0: no limit
+    hang_seconds: float = 600.0  # without progress, after which the run ends and says who hangs; 0: never
 
     def __post_init__(self) -> None:
-        for name, least in (("micro_batch", 1), ("accumulation", 1), ("log_every", 1), ("save_every", 0)):
+        at_least_one, not_negative = ("micro_batch", "accumulation", "log_every", "skip_limit"), ("save_every", "keep")
+        rules = [(name, 1) for name in at_least_one] + [
+            (name, 0) for name in (*not_negative, "keep_every", "max_hours", "hang_seconds")
+        ]
+        for name, least in rules:
             if getattr(self, name) < least:
                 raise ValueError(f"train.{name}={getattr(self, name)}: must be {least} or more")
 
@@ -63,10 +72,10 @@ class LoopConfig:
 def train(config: TrainConfig, run_dir: str) -> float:
     """Train to ``config.steps``, all ranks of the default group together; the last step's loss.
 
-    SIGTERM and SIGINT end the step, save and raise SystemExit(0). ValueError: data, a checkpoint or sizes that do not
-    fit, or a loss that is no longer finite.
+    SIGTERM, SIGINT and the wall-clock limit end the step, save and raise SystemExit(0). ValueError: data, a checkpoint
+    or sizes that do not fit, a folder that cannot be written, or gradients that are no longer finite.
     """
-    with signals() as stop:
+    with signals() as stop, deterministic(config.deterministic):
         trainer = Trainer(config, run_dir)
         try:
             return trainer.run(stop)
@@ -79,6 +88,7 @@ class StepResult(NamedTuple):
     tokens: Tensor  # label tokens of all ranks, on the device
     grad_norm: float  # of the whole gradient, before clipping
     attended: int  # pairs in the rows of this data group
+    imbalance: float  # of the ring, mean of this data group's micro-batches
 
 
 class Trainer:
@@ -86,23 +96,44 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run_dir: str) -> None:
         self.config, self.run_dir, self.device = config, run_dir, pick_device()
+        self.started = time.monotonic()
+        self.watch = self.watchdog()
         self.mesh = Mesh.create(*config.parallel.sizes(dist.get_world_size()), self.device.type)
-        self.corpus = Corpus(from_rank_zero(lambda: prepare(config.data)))
-        self.vocab_size = -(-self.corpus.vocab_size // 64) * 64  # matrix products are quickest at multiples of 64
-        self.resumed = from_rank_zero(lambda: checkpoint.find(run_dir, config.resume))
+        self.text = Text(from_rank_zero(lambda: prepare(config.data)), config.data)
+        self.initial = open_weights(config.init, config.model, self.text.vocab_size)
+        # Matrix products are quickest at multiples of 64
+        self.vocab_size = self.initial.vocab_size if self.initial else -(-self.text.vocab_size // 64) * 64
+        self.resumed, self.refused = checkpoint.choose(run_dir, config.resume)
+        self.changes: list[str] = []  # of the configuration since the checkpoint
         self.done = self.start_or_resume()
-        self.attend = SequenceAttention(self.mesh, config.parallel.layout.value, config.train.attention.value)
-        self.picked = self.attend.pick(self.query())  # ValueError: a backend that cannot run here
+        size = 12 * config.model.parameters(self.vocab_size)  # bytes of a checkpoint: weights and two moments, in fp32
+        from_rank_zero(lambda: checkpoint.check_writable(run_dir, size))
+        p, m = config.parallel, config.model
+        backend, strategy = config.train.attention.value, p.strategy.value
+        self.attend = SequenceAttention(self.mesh, p.layout.value, backend, strategy=strategy)
+        longest = max([config.seq_len, *(phase.seq_len for phase in config.phases)])
+        self.picked = self.attend.pick(self.query(), kv_heads=m.n_kv_heads, seq_len=longest)
         self.engine = Engine(self.build, config.engine, config.optim, config.train.accumulation, self.device)
         if self.resumed:
-            self.engine.load(self.resumed)
-        rows = PackedRows(self.corpus, config.seq_len, config.seed, config.data.cross_document)
-        self.batches = Batches(rows, self.attend, config.train.micro_batch, config.train.accumulation, self.device)
-        self.prefetch = Prefetch(self.batches.load, self.device)
+            checkpoint.load(self.engine.state, self.resumed, self.device)
+        elif self.initial:
+            self.engine.state.restore(self.initial, [], {})
+        t = config.train
+        self.checkpoints = Checkpointer(run_dir, keep=t.keep, every=t.keep_every, best=t.keep_best)
+        for phase in config.phases:
+            self.text.rows(phase.seq_len, config.seed)  # ValueError: a later phase would find no document
+        self.first_phase = Phase(seq_len=config.seq_len)
+        self.enter(phase_at(config.phases, self.first_phase, self.done.step))
         self.log = RunLog(run_dir, config, rank=dist.get_rank(), first_step=self.done.step)
         self.log.banner(self.facts())
         self.logged_step = self.done.step
-        self.seconds = self.data_seconds = 0.0  # of the steps since then
+        self.seconds = self.data_seconds = self.save_seconds = 0.0  # of the steps since then
+        self.skipped_in_a_row, self.spikes = 0, Spikes()
+
+    def watchdog(self) -> Watchdog:
+        store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+        limit = self.config.train.hang_seconds
+        return Watchdog(Path(self.run_dir, "hang"), limit, store, rank=dist.get_rank(), world=world)
 
     def start_or_resume(self) -> checkpoint.Saved:
         """ValueError: the checkpoint is of another shape than this run; told before any model is built."""
@@ -112,17 +143,20 @@ class Trainer:
             tokens=0,
             rows_seen=0,
             loss=math.nan,
-            world=self.mesh.world,
+            skipped=0,
+            mesh={"data": self.mesh.data, "ring": self.mesh.ring, "ulysses": self.mesh.ulysses},
             zero=c.engine.zero,
             dtype=str(c.engine.resolve(self.device.type)),
             vocab_size=self.vocab_size,
+            data=self.text.digest,
             config=plain(asdict(c)),
         )
         if self.resumed is None:
             return fresh
-        saved = checkpoint.read(self.resumed)
-        checkpoint.require_same(saved, fresh, self.resumed)
-        return replace(saved, config=fresh.config)
+        saved = manifest.read_manifest(self.resumed).saved
+        self.changes = manifest.require_same(saved, fresh, self.resumed)
+        told = ("step", "tokens", "rows_seen", "loss", "skipped")
+        return replace(fresh, **{name: getattr(saved, name) for name in told})
 
     def query(self) -> Tensor:
         """One like those that attention will see."""
@@ -134,20 +168,44 @@ class Trainer:
         c, m = self.config, self.config.model
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         return {
-            "corpus": f"{self.corpus.name}, {len(self.corpus.tokens):,} tokens, {len(self.batches.rows):,} rows"
-            + (f", {len(self.corpus.skipped):,} files left out, not being text" if self.corpus.skipped else ""),
-            "unigram_entropy": round(self.corpus.unigram_entropy, 4),
+            "corpus": f"{self.text.name}, {self.text.tokens:,} tokens, {len(self.batches.rows):,} rows"
+            + (f", {self.text.n_skipped:,} files or rows left out" if self.text.n_skipped else ""),
+            "packing": packing_facts(self.batches.rows),
+            "unigram_entropy": round(self.text.unigram_entropy, 4),
             "model": {"parameters": self.engine.parameters, "in_matrices": m.matmul_parameters(self.vocab_size)},
             "mesh": {"data": self.mesh.data, "ring": self.mesh.ring, "ulysses": self.mesh.ulysses},
             "attention": self.picked,
             "engine": {"device": device, "dtype": str(self.engine.dtype), "zero": c.engine.zero},
             "step": {
                 "rows": self.batches.rows_of_a_step,
-                "tokens": self.batches.rows_of_a_step * c.seq_len,
-                "tokens_of_a_rank": c.train.micro_batch * len(self.batches.positions),
+                "tokens": self.batches.rows_of_a_step * self.phase.seq_len,
             },
+            "first_micro_batch": self.batches.facts(self.done.rows_seen),
             "resumed": str(self.resumed) if self.resumed else "no",
+            **({"init": c.init} if self.initial and not self.resumed else {}),
+            **({"refused": self.refused} if self.refused else {}),
+            **({"changed": ", ".join(self.changes)} if self.changes else {}),
         }
+
+    def enter(self, phase: Phase) -> None:
+        """Make ready for rows of a phase's length."""
+        c, t = self.config, self.config.train
+        rows = self.text.rows(phase.seq_len, c.seed)
+        self.phase, self.batches = phase, Batches(rows, self.attend, t.micro_batch, t.accumulation, self.device)
+        self.prefetch = Prefetch(self.batches.load, self.device)
+        cast(GPT, self.engine.model).rope = c.model.rope(phase.seq_len, phase.rope_base)
+        self.evaluation = Evaluation(c.evaluation, self.text, phase.seq_len, self.attend, t.micro_batch, self.device)
+
+    def follow_phases(self) -> None:
+        """The phase of the step to come. It starts with its first row, also after a checkpoint that lies before it."""
+        phase = phase_at(self.config.phases, self.first_phase, self.done.step)
+        if 0 < phase.step == self.done.step:
+            self.done.rows_seen = 0
+        if phase is not self.phase:
+            self.prefetch.close()
+            self.enter(phase)
+            rows = len(self.batches.rows)
+            self.log.say(f"step {self.done.step + 1}: rows of {phase.seq_len:,} tokens from here on, {rows:,} of them")
 
     def build(self, device: torch.device, dtype: torch.dtype) -> GPT:
         c = self.config
@@ -159,29 +217,36 @@ class Trainer:
             result = self.timed_step()
             if self.done.step % c.train.log_every == 0 or self.done.step == c.steps:
                 self.log_step(result)
-            if any_rank(stop()) and self.done.step < c.steps:
+            if self.evaluation.due(self.done.step, c.steps):
+                self.evaluate()
+            if any_rank(stop() or self.out_of_time()) and self.done.step < c.steps:
                 self.leave()
             if self.done.step == c.steps or (c.train.save_every and self.done.step % c.train.save_every == 0):
                 self.save()
-        self.log.verdict(self.done.loss, self.corpus.unigram_entropy)
+        self.finish_saving()
+        self.log.verdict(self.done.loss, self.text.unigram_entropy)
         return self.done.loss
 
     def timed_step(self) -> StepResult:
         started = time.perf_counter()
         result = self.step()
         self.seconds += time.perf_counter() - started  # the gradient's norm has waited for the device
+        self.watch.settle()
         return result
 
     def step(self) -> StepResult:
+        self.follow_phases()
         micro_batches = self.next_micro_batches()
         tokens = self.count_labels_no_sync(micro_batches)
         loss_sum = self.accumulate(micro_batches, tokens)
-        grad_norm = self.engine.step(self.lr())
-        self.require_finite("gradient norm", grad_norm)
+        grad_norm = self.update()
+        self.count_skipped(grad_norm, micro_batches, tokens)
         self.advance()
-        return StepResult(loss_sum, tokens, grad_norm, sum(mb.attended for mb in micro_batches))
+        imbalance = sum(mb.imbalance for mb in micro_batches) / len(micro_batches)
+        return StepResult(loss_sum, tokens, grad_norm, sum(mb.attended for mb in micro_batches), imbalance)
 
     def next_micro_batches(self) -> list[MicroBatch]:
+        self.watch.at(f"step {self.done.step + 1}: data")
         started = time.perf_counter()
         seen = self.done.rows_seen
         micro_batches = self.prefetch.take(seen, then=seen + self.batches.rows_of_a_step)
@@ -198,6 +263,7 @@ class Trainer:
         """Forward and backward of each; this rank's sum of token losses."""
         loss_sum = torch.zeros((), device=self.device)
         for number, mb in enumerate(micro_batches, start=1):
+            self.watch.at(f"step {self.done.step + 1}: forward and backward {number} of {len(micro_batches)}")
             loss = self.engine.loss_sum(mb.tokens, mb.labels, mb.positions, mb.ring_plan)
             self.engine.backward(loss, tokens, last=number == len(micro_batches))
             loss_sum += loss.detach()
@@ -206,26 +272,51 @@ class Trainer:
     def lr(self) -> float:
         return learning_rate(self.config.optim, self.done.step + 1, self.config.steps)
 
-    def require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise ValueError(
-                f"step {self.done.step + 1}: the {what} is {value}; lower optim.lr (now {self.config.optim.lr}) or "
-                "raise optim.warmup_steps"
-            )
+    def update(self) -> float:
+        self.watch.at(f"step {self.done.step + 1}: update")
+        return self.engine.step(self.lr())
+
+    def count_skipped(self, grad_norm: float, micro_batches: list[MicroBatch], tokens: Tensor) -> None:
+        """ValueError: too many steps in a row had no finite gradient, which the engine then leaves out."""
+        if math.isfinite(grad_norm):
+            self.skipped_in_a_row = 0
+            return
+        self.done.skipped += 1
+        self.skipped_in_a_row += 1
+        self.log.say(f"step {self.done.step + 1}: the gradient norm is {grad_norm}; the step is skipped")
+        if self.skipped_in_a_row >= self.config.train.skip_limit:
+            raise ValueError(self.examine(micro_batches, tokens))
+
+    def examine(self, micro_batches: list[MicroBatch], tokens: Tensor) -> str:
+        """Compute the step again, looking at each layer; what was found, after it has been written down."""
+        step, seen = self.done.step + 1, []
+        for mb, rows in zip(micro_batches, self.batches.rows_after(self.done.rows_seen), strict=True):
+            with watched(self.engine.model) as layers:
+                loss = self.engine.loss_sum(mb.tokens, mb.labels, mb.positions, mb.ring_plan)
+                self.engine.backward(loss, tokens, last=mb is micro_batches[-1])
+            seen.append({"rows": rows, "loss_sum": str(loss.item()), "layers": layers})
+        path = Path(self.run_dir, f"not-finite-{step:08d}.json")
+        ranks, facts = of_every_rank(seen), {"step": step, "lr": self.lr(), "label_tokens": int(tokens)}
+        where = from_rank_zero(lambda: report(path, facts, ranks))
+        return (
+            f"step {step}: the gradient norm is not finite, in {self.skipped_in_a_row} steps in a row ({where}; all "
+            f"layers are in {path}); lower optim.lr (now {self.config.optim.lr}) or raise optim.warmup_steps"
+        )
 
     def advance(self) -> None:
         self.done.step += 1
         self.done.rows_seen += self.batches.rows_of_a_step
-        self.done.tokens += self.batches.rows_of_a_step * self.config.seq_len
+        self.done.tokens += self.batches.rows_of_a_step * self.phase.seq_len
 
     def log_step(self, result: StepResult) -> None:
-        loss, attended = self.totals(result)
-        self.require_finite("loss", loss)
-        self.done.loss = loss
+        loss, attended, imbalance = self.totals(result)
+        self.done.loss = loss if math.isfinite(loss) else self.done.loss
+        if spike := self.spikes.see(loss):
+            self.log.say(f"step {self.done.step}: {spike}")
         c, rows, steps = self.config, self.batches.rows_of_a_step, self.done.step - self.logged_step
         flops = flops_per_step(
             c.model.matmul_parameters(self.vocab_size),
-            rows * c.seq_len,
+            rows * self.phase.seq_len,
             n_layers=c.model.n_layers,
             n_heads=c.model.n_heads,
             head_dim=c.model.head_dim,
@@ -238,34 +329,64 @@ class Trainer:
                 loss=loss,
                 grad_norm=result.grad_norm,
                 lr=learning_rate(c.optim, self.done.step, c.steps),
-                step_tokens=rows * c.seq_len,
+                step_tokens=rows * self.phase.seq_len,
                 step_flops=flops,
                 step_seconds=self.seconds / steps,
                 data_seconds=self.data_seconds / steps,
+                save_seconds=self.save_seconds / steps,
+                ring_imbalance=imbalance,
+                skipped=self.done.skipped,
                 world=self.mesh.world,
                 device=self.device,
             )
         )
-        self.seconds, self.data_seconds, self.logged_step = 0.0, 0.0, self.done.step
+        self.seconds, self.data_seconds, self.save_seconds, self.logged_step = 0.0, 0.0, 0.0, self.done.step
 
-    def totals(self, result: StepResult) -> tuple[float, int]:
-        """(loss a label token, attended pairs) of the step, over all ranks. Waits for the device."""
-        sums = torch.tensor([0.0, result.attended], dtype=torch.float64, device=self.device)
+    def evaluate(self) -> None:
+        self.watch.at(f"step {self.done.step}: evaluation", slow=True)
+        measured = self.evaluation.measure(
+            lambda mb: self.engine.token_losses(mb.tokens, mb.labels, mb.positions, mb.ring_plan)
+        )
+        self.log.evaluation(self.done.step, self.done.tokens, measured)
+
+    def totals(self, result: StepResult) -> tuple[float, int, float]:
+        """(loss a label token, attended pairs, mean imbalance) of the step, over all ranks. Waits for the device."""
+        sums = torch.tensor([0.0, result.attended, result.imbalance], dtype=torch.float64, device=self.device)
         sums[0] = result.loss_sum / result.tokens
         dist.all_reduce(sums)
-        loss, attended = sums.tolist()
-        return loss, round(attended / (self.mesh.ring * self.mesh.ulysses))  # each rank of a data group counts its rows
+        loss, attended, imbalance = sums.tolist()
+        sharing = self.mesh.ring * self.mesh.ulysses  # each rank of a data group counts its rows
+        return loss, round(attended / sharing), imbalance / self.mesh.world
 
-    def save(self) -> Path:
-        return checkpoint.save(self.engine, self.run_dir, self.done)
+    def save(self) -> None:
+        """Begin a checkpoint. Where the one before has failed the run goes on: it has what it had."""
+        started = time.perf_counter()
+        self.watch.at(f"step {self.done.step}: the checkpoint before this one", slow=True)
+        if problem := self.checkpoints.wait():
+            self.log.say(f"{problem}; training goes on")
+        self.checkpoints.begin(self.engine.state, self.device, self.done)
+        self.save_seconds += time.perf_counter() - started
+
+    def finish_saving(self) -> None:
+        """ValueError: the last checkpoint is not whole."""
+        self.watch.at("the last checkpoint", slow=True)
+        if problem := self.checkpoints.wait():
+            raise ValueError(problem)
+
+    def out_of_time(self) -> bool:
+        hours = self.config.train.max_hours
+        return bool(hours) and time.monotonic() - self.started > 3600 * hours
 
     def leave(self) -> NoReturn:
         """All ranks have agreed to stop here."""
-        path = self.save()
-        self.log.say(f"stopped after step {self.done.step}, saved {path}; to go on: {resume_command(self.config)}")
+        self.save()
+        self.finish_saving()
+        self.log.say(f"stopped and saved after step {self.done.step}; to go on: {resume_command(self.config)}")
         raise SystemExit(0)
 
     def close(self) -> None:
+        self.watch.close()
+        self.checkpoints.close()
         self.prefetch.close()
         self.log.close()
 
@@ -275,53 +396,3 @@ def pick_device() -> torch.device:
     if "nccl" in dist.get_backend_config():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def from_rank_zero(make: Callable[[], Value]) -> Value:
-    """``make()`` of rank 0 on every rank; a ValueError too."""
-    box: list[tuple[Value | None, str | None]] = [(None, None)]
-    if dist.get_rank() == 0:
-        try:
-            box = [(make(), None)]
-        except ValueError as error:
-            box = [(None, str(error))]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    value, mistake = box[0]
-    if mistake is not None:
-        raise ValueError(mistake)
-    return cast(Value, value)
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether it is so on any rank: then all leave at the same step. On the CPU, beside what a GPU does."""
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
-
-
-@contextmanager
-def signals() -> Iterator[Callable[[], bool]]:
-    """The first SIGTERM or SIGINT makes the function it gives return True, the second raises SystemExit."""
-    received: list[int] = []
-
-    def hear(number: int, _: object) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def resume_command(config: TrainConfig) -> str:
-    """The command that this process was started by, in the same folder again, whatever the run's name was made of."""
-    ours = {"name": config.name, "run_dir": config.run_dir}
-    if {"-m", "--multirun"} & set(sys.argv):
-        return f"the job's own values, without -m, and run_dir={shlex.quote(config.run_dir)}"
-    kept = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in (*ours, "resume")]
-    start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if under_torchrun() else ["python"]
-    return shlex.join([*start, sys.argv[0], *kept, *(f"{name}={value}" for name, value in ours.items())])

@@ -29,6 +29,27 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int
     return _FusedCrossEntropy.apply(flat, weight, labels.reshape(-1), chunk, torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """(loss, whether the likeliest token is the label) of each token, as labels (...): fp32 (fp64 for fp64) and bool.
+
+    Where there is no label they are 0 and False. Shapes and ``chunk`` as for `cross_entropy_sum`; has no gradients.
+    """
+    if chunk is None:
+        chunk = max(1, min(LOGITS_OF_A_CHUNK // weight.shape[0], ROWS_OF_A_CHUNK))
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(wanted.shape, dtype=wide, device=hidden.device)
+    hits = torch.empty_like(wanted, dtype=torch.bool)
+    for start in range(0, len(wanted), chunk):
+        part = slice(start, start + chunk)
+        logits = (flat[part] @ weight.T).to(wide)
+        hits[part] = logits.argmax(dim=-1) == wanted[part]
+        picked = logits.gather(-1, wanted[part].clamp_min(0)[:, None])[:, 0]
+        losses[part] = (logits.logsumexp(dim=-1) - picked).masked_fill_(wanted[part] == IGNORE, 0)
+    return losses.view_as(labels), hits.view_as(labels)
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, want_grads: bool) -> Tensor:

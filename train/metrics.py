@@ -20,6 +20,8 @@ from typing import Any, TextIO
 
 import torch
 
+from ringspan.train.measured import Measured
+
 GIB = 2**30
 METRICS = (
     "step",
@@ -27,10 +29,13 @@ METRICS = (
     "train/loss",  # nats a label token, over all ranks
     "train/grad_norm",  # before clipping
     "train/lr",
+    "train/skipped",  # steps since the start of the run whose gradient was not finite
     "perf/tokens_per_second_per_gpu",
     "perf/mfu",  # of the chip's dense bf16 peak; null where that is not known
     "perf/step_seconds",
     "perf/data_seconds",  # of a step, spent waiting for its batch
+    "perf/save_seconds",  # a step, spent between steps on taking a checkpoint
+    "perf/ring_imbalance",  # sum over the ring's steps of the slowest rank's tiles, over the mean rank's, minus 1
     "memory/peak_allocated_gib",  # on a CPU both are the process's peak resident memory
     "memory/peak_reserved_gib",
 )
@@ -117,6 +122,9 @@ def record(
     step_flops: float,
     step_seconds: float,
     data_seconds: float,
+    save_seconds: float,
+    ring_imbalance: float,
+    skipped: int,
     world: int,
     device: torch.device,
 ) -> Record:
@@ -129,10 +137,13 @@ def record(
         "train/loss": loss,
         "train/grad_norm": grad_norm,
         "train/lr": lr,
+        "train/skipped": skipped,
         "perf/tokens_per_second_per_gpu": step_tokens / step_seconds / world,
         "perf/mfu": step_flops / step_seconds / world / peak if peak else None,
         "perf/step_seconds": step_seconds,
         "perf/data_seconds": data_seconds,
+        "perf/save_seconds": save_seconds,
+        "perf/ring_imbalance": ring_imbalance,
         "memory/peak_allocated_gib": allocated,
         "memory/peak_reserved_gib": reserved,
     }
@@ -162,7 +173,8 @@ class RunLog:
         self.folder, self.steps, self.config = Path(run_dir), config.steps, plain(asdict(config))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.progress = Progress(config.steps, stream or sys.stdout)
-        keep_until(self.folder / "metrics.jsonl", first_step)
+        for name in ("metrics.jsonl", "evaluations.jsonl"):
+            keep_until(self.folder / name, first_step)
         self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - until close()
         self.wandb = start_wandb(self.folder, self.config, config.logger, fresh=first_step == 0)
 
@@ -195,6 +207,13 @@ class RunLog:
         self.file.flush()
         self.wandb.log({name: value for name, value in record.items() if value is not None})
         self.progress.step(record)
+
+    def evaluation(self, step: int, tokens: int, measured: Measured) -> None:
+        if not self.active:
+            return
+        measured.write(self.folder, step, tokens)
+        self.wandb.log({"tokens": tokens, **measured.numbers(), **measured.plots()})
+        self.progress.say(f"step {step}: {measured.in_words()}")
 
     def verdict(self, loss: float, unigram_entropy: float) -> None:
         """The last loss against what a model would reach that knows token frequencies and no context."""

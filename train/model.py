@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ringspan.train.loss import cross_entropy_sum
+from ringspan.train.loss import cross_entropy_sum, token_losses
+from ringspan.train.rotary import Rope, Scaling
 
 HEAD_STD = 0.02  # first logits are near 0, so the first loss is near ln(vocabulary); a tied embedding has it too
 # Of what the first norm makes of it anyway: 80 steps of the tiny model end 0.2 nats lower than with 0.02
@@ -45,6 +46,8 @@ class ModelConfig:
     head_dim: int = 64
     mlp_dim: int = 704  # width of SwiGLU's gate and of its value
     rope_base: float = 500_000.0  # wavelengths of the rotary positions go from 2 pi to 2 pi times this, in tokens
+    rope_scaling: Scaling = Scaling.none  # of rows longer than rope_trained
+    rope_trained: int = 0  # tokens; rows up to this length have plain positions, longer ones are scaled by how much
     qk_norm: bool = True  # RMSNorm of every query and key before they are rotated
     tie_embeddings: bool = False  # the head's matrix is the embedding
     norm_eps: float = 1e-5
@@ -67,13 +70,29 @@ class ModelConfig:
             )
         if self.rope_base <= 1:
             raise ValueError(f"model.rope_base={self.rope_base}: must be above 1; 10000 to 500000 are usual")
+        if (self.rope_scaling is Scaling.none) != (self.rope_trained == 0) or self.rope_trained < 0:
+            raise ValueError(
+                f"model.rope_trained={self.rope_trained} with model.rope_scaling={self.rope_scaling.value}: a scaling "
+                "needs the length that it starts from, in tokens, and without one it must be 0"
+            )
+        if self.rope_scaling is Scaling.ntk and self.head_dim == 2:
+            raise ValueError("model.rope_scaling=ntk: needs model.head_dim of 4 or more, and it is 2")
         if self.norm_eps <= 0:
             raise ValueError(f"model.norm_eps={self.norm_eps}: must be above 0; 1e-5 is usual")
+
+    def rope(self, seq_len: int, base: float | None = None) -> Rope:
+        """Rotary positions for rows of seq_len tokens; ``base`` takes rope_base's place."""
+        factor = max(1.0, seq_len / self.rope_trained) if self.rope_trained else 1.0
+        return Rope(self.head_dim, base or self.rope_base, self.rope_scaling, factor, self.rope_trained)
 
     def matmul_parameters(self, vocab_size: int) -> int:
         """Parameters in matrix products, the head's included; looking up an embedding multiplies nothing."""
         heads = (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim  # query, key, value and output projections
         return self.n_layers * self.dim * (heads + 3 * self.mlp_dim) + vocab_size * self.dim
+
+    def parameters(self, vocab_size: int) -> int:
+        """All but the norms', which are a thousandth of them."""
+        return self.matmul_parameters(vocab_size) + (0 if self.tie_embeddings else vocab_size * self.dim)
 
 
 class Weights:
@@ -192,8 +211,8 @@ class Head(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy_sum(hidden, self.weight, labels)
+    def forward(self, hidden: Tensor, labels: Tensor, each: bool) -> Any:
+        return token_losses(hidden, self.weight, labels) if each else cross_entropy_sum(hidden, self.weight, labels)
 
 
 class GPT(nn.Module):
@@ -218,6 +237,7 @@ class GPT(nn.Module):
         super().__init__()
         weights = Weights(seed, device, dtype)
         self.config, self.attend = config, attend
+        self.rope = config.rope(0)  # whoever trains on longer rows sets another
         self.run_layer = layer_runner(activations)
         tied = config.tie_embeddings
         self.embedding = Embedding(vocab_size, config.dim, weights, HEAD_STD if tied else EMBEDDING_STD)
@@ -225,8 +245,8 @@ class GPT(nn.Module):
         self.norm = Norm(config.dim, config.norm_eps, weights)
         self.head = Head(self.embedding.weight if tied else weights.normal(vocab_size, config.dim, HEAD_STD))
 
-    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Any) -> Tensor:
-        """Sum of this rank's token losses, an fp32 scalar (fp64 for an fp64 model).
+    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Any, each: bool = False) -> Any:
+        """Sum of this rank's token losses, an fp32 scalar (fp64 for fp64); with ``each``, what `token_losses` gives.
 
         tokens, labels and positions are int64 (B, S): this rank's shard. Labels are already shifted, -100 where a
         token carries no loss; positions restart with each document. ``ring_plan`` is what ``attend`` needs.
@@ -236,27 +256,15 @@ class GPT(nn.Module):
             return self.attend(q, k, v, ring_plan)
 
         x = self.embedding(tokens)
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_base, x.dtype)
+        cos, sin = self.rope(positions, x.dtype)
         for layer in self.layers:
             x = self.run_layer(layer, x, cos, sin, attend)
-        return self.head(self.norm(x), labels)
+        return self.head(self.norm(x), labels, each)
 
 
 def residual_scale(config: ModelConfig) -> float:
     """So that the sum of all branches starts with the variance of one, whatever the depth (GPT-2)."""
     return (2 * config.n_layers) ** -0.5
-
-
-def rotary(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (B, S, 1, head_dim / 2) in fp32, or fp64 for an fp64 model; shared by all layers.
-
-    Su et al., RoFormer (arXiv 2104.09864), in the half-split form.
-    """
-    # Angles in fp64: at a million tokens an angle in fp32 is off by up to 0.06 rad.
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
-    angles = (positions[..., None].double() * frequencies)[:, :, None]
-    wide = torch.promote_types(dtype, torch.float32)
-    return angles.cos().to(wide), angles.sin().to(wide)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -276,7 +284,7 @@ def layer_runner(activations: Activations) -> Callable[..., Tensor]:
     return functools.partial(run, context_fn=functools.partial(create_selective_checkpoint_contexts, keep_attention))
 
 
-ATTENTION_OPERATORS = ("ringspan::ring_attention", "ringspan::attention")
+ATTENTION_OPERATORS = ("ringspan::ring_attention", "ringspan::gather_attention", "ringspan::attention")
 
 
 def keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
