@@ -40,6 +40,8 @@ def attention(
     defaults to dim ** -0.5; ``softcap`` c > 0 bends scores to c tanh(score / c); ``sinks`` (heads,) are logits that
     take part in the softmax without a value. Returns out like q, and with ``return_lse`` also the natural-log sum of
     exponents, fp32 (batch, heads, queries), whose gradient is honoured. A query without keys gives 0 and -inf.
+    Results are the same bits at each run, but for the gradient of q on Hopper GPUs, where that has its price and is so
+    under ``torch.use_deterministic_algorithms``.
     ValueError: shapes, dtypes or a backend that do not fit.
     """
     masks = [spans] if isinstance(spans, (Spans, Plan)) else list(spans)
