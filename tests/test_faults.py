@@ -1,4 +1,4 @@
-"""Five faults of `make faults`: kills, full disks and damaged checkpoints, on real processes."""
+"""Ten faults of `make faults`: kills, full disks and damaged checkpoints, on real processes."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_five_faults_and_every_run_ends_to_the_bit_as_if_there_had_been_none(seed):
-    faults = ["--kills", "3", "--full-disks", "1", "--damaged", "1", "--seed", str(seed)]
+def test_ten_faults_and_every_run_ends_to_the_bit_as_if_there_had_been_none(seed):
+    faults = ["--kills", "6", "--full-disks", "2", "--damaged", "2", "--seed", str(seed)]
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "faults.py"), *faults],
         env={**os.environ, "PYTHONPATH": str(ROOT / ".types")},

@@ -112,7 +112,7 @@ def test_a_run_goes_on_on_any_mesh_and_stage(root, text, ranks):
     for steps, mesh, zero, layout, accumulation in (
         (2, (2, 2, 1), 1, "zigzag", 1),
         (4, (1, 1, 2), 3, "contiguous", 2),
-        (6, (1, 2, 2), 2, "striped", 1),
+        (6, (2, 2, 2), 2, "striped", 1),
         (8, (4, 1, 1), 0, "zigzag", 2),
     ):
         config = part("many-meshes", steps, mesh, zero, layout, accumulation)
