@@ -273,8 +273,31 @@ def fake_backward(
     return dq, dk, dv, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
-def define_operator(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
-    """A functional operator of torch.ops.ringspan, which torch.compile and selective checkpointing see as one."""
+def define_operators(
+    name: str,
+    settings: str,
+    forward: Callable[..., object],
+    backward: Callable[..., object],
+    *,
+    backward_settings: str | None = None,
+    fake: Callable[..., object] = fake_backward,
+) -> None:
+    """torch.ops.ringspan.NAME and NAME_backward: functional, and one each to torch.compile and to checkpointing.
+
+    ``settings`` are what both take after the tensors, in torch's schema language; ``backward_settings`` replaces them
+    where the backward pass takes more. ``fake`` gives the shapes and dtypes of its results.
+    """
+    tensors = "Tensor q, Tensor k, Tensor v, Tensor? sinks"
+    _define(f"{name}({tensors}, {settings}) -> (Tensor, Tensor)", forward, fake_forward)
+    _define(
+        f"{name}_backward(Tensor dout, Tensor dlse, {tensors}, Tensor out, Tensor lse, {backward_settings or settings})"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        backward,
+        fake,
+    )
+
+
+def _define(schema: str, run: Callable[..., object], fake: Callable[..., object]) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -282,13 +305,4 @@ def define_operator(schema: str, run: Callable[..., object], fake: Callable[...,
 
 
 LIBRARY = torch.library.Library("ringspan", "FRAGMENT")
-_SETTINGS = "Tensor[] plans, float scale, float softcap, str backend"
-define_operator(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor)", _forward, fake_forward
-)
-define_operator(
-    "attention_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, Tensor lse, "
-    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    fake_backward,
-)
+define_operators("attention", "Tensor[] plans, float scale, float softcap, str backend", _forward, _backward)

@@ -44,14 +44,10 @@ class BackwardConfig(NamedTuple):
 # By head dim. All compile to zero spills and asynchronous matrix products (tests/test_hopper_ahead_of_time.py); of
 # those, the fastest that were tried on an H100.
 FORWARD = {64: ForwardConfig(3, 128, 3, 160), 128: ForwardConfig(2, 128, 2, 240)}
+BACKWARD = {64: BackwardConfig(128, 128, 2), 128: BackwardConfig(64, 128, 2)}
+# A softcap needs registers, its derivative most.
 FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, 240)}
-# By head dim, and whether there is a softcap, whose derivative needs registers.
-BACKWARD = {
-    (64, False): BackwardConfig(128, 128, 2),
-    (64, True): BackwardConfig(64, 128, 2),
-    (128, False): BackwardConfig(64, 128, 2),
-    (128, True): BackwardConfig(64, 128, 2),
-}
+BACKWARD_SOFTCAP = BACKWARD | {64: BackwardConfig(64, 128, 2)}
 # Heads are worked on in sections. In each, long tiles go first: with fewer of them than this (4 for each of an H100's
 # 132 multiprocessors), the long ones of the last section end late: at 32/8 heads and 4K that cost a fifth of the speed.
 BACKWARD_SECTION = 528
@@ -173,7 +169,7 @@ def _backward(
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    config = BACKWARD[dim, bool(softcap)]
+    config = (BACKWARD_SOFTCAP if softcap else BACKWARD)[dim]
     assert config.block_n == TILE, "key tiles run in the plan's order"
     _check_statistic(lse)
     _check_statistic(delta)

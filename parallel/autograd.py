@@ -1,12 +1,13 @@
 """Autograd around the operators of sharded attention, and around the repeated key heads of Ulysses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ringspan.kernels.attention import accumulator, fake_backward
+from ringspan.kernels.attention import accumulator, define_operators, fake_backward
 from ringspan.parallel.ulysses import exchange, repeat_heads, sum_repeated
 
 
@@ -43,9 +44,15 @@ def _home(grad: Tensor, group_name: str, kv_heads: int, dtype: torch.dtype) -> T
     return sum_repeated(exchange(grad, group_name, 1, 2), kv_heads).to(dtype)
 
 
-def fake_wide_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes and dtypes of an operator's gradients; its last argument says whether dk and dv are wide."""
     dq, dk, dv, dsinks = fake_backward(*args)
     if args[-1]:
         dk, dv = (x.new_empty(x.shape, dtype=accumulator(x.dtype)) for x in (dk, dv))
     return dq, dk, dv, dsinks
+
+
+def define_sharded(name: str, settings: str, forward: Callable[..., object], backward: Callable[..., object]) -> None:
+    """The operators that ``ShardedAttention`` runs by that name; ``settings`` follow a plan's two tensors."""
+    settings = f"Tensor table, Tensor data, {settings}"
+    define_operators(name, settings, forward, backward, backward_settings=f"{settings}, bool wide", fake=_fake_backward)

@@ -18,15 +18,13 @@ from ringspan.kernels.attention import (
     attention_delta,
     attention_forward,
     check_shapes,
-    define_operator,
-    fake_forward,
     pick_backend,
     sink_gradient,
     sink_start,
 )
 from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.spans import Spans
-from ringspan.parallel.autograd import ShardedAttention, fake_wide_backward
+from ringspan.parallel.autograd import ShardedAttention, define_sharded
 from ringspan.parallel.layout import Layout
 from ringspan.parallel.ring_plan import local_bounds, pack_plan, padded, to_device, unpack_plan
 from ringspan.parallel.transport import agree, group_by_name
@@ -173,15 +171,4 @@ def _backward(
     return dq, dk, dv, dsinks
 
 
-_SETTINGS = "Tensor table, Tensor data, str group_name, float scale, float softcap, str backend"
-define_operator(
-    f"{OPERATOR}(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor)",
-    _forward,
-    fake_forward,
-)
-define_operator(
-    f"{OPERATOR}_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
-    f"Tensor lse, {_SETTINGS}, bool wide) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    fake_wide_backward,
-)
+define_sharded(OPERATOR, "str group_name, float scale, float softcap, str backend", _forward, _backward)

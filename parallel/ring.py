@@ -21,13 +21,11 @@ from ringspan.kernels.attention import (
     attention_delta,
     attention_forward,
     check_shapes,
-    define_operator,
-    fake_forward,
     pick_backend,
     sink_gradient,
     sink_start,
 )
-from ringspan.parallel.autograd import ShardedAttention, fake_wide_backward
+from ringspan.parallel.autograd import ShardedAttention, define_sharded
 from ringspan.parallel.ring_plan import RingPlan, Runs, Step, read_steps
 from ringspan.parallel.transport import (
     Lane,
@@ -319,15 +317,4 @@ def _settle(total: Tensor, runs: Runs, x: Tensor, out: Tensor) -> None:
         at += stop - start
 
 
-_SETTINGS = "Tensor table, Tensor data, str group_name, str transport, float scale, float softcap, str backend"
-define_operator(
-    f"{OPERATOR}(Tensor q, Tensor k, Tensor v, Tensor? sinks, {_SETTINGS}) -> (Tensor, Tensor)",
-    _forward,
-    fake_forward,
-)
-define_operator(
-    f"{OPERATOR}_backward(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, "
-    f"Tensor lse, {_SETTINGS}, bool wide) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    fake_wide_backward,
-)
+define_sharded(OPERATOR, "str group_name, str transport, float scale, float softcap, str backend", _forward, _backward)

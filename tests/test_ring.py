@@ -94,15 +94,18 @@ def compare(answers: list[list[list[Tensor]]], cases: list[Case], layouts: list[
             number += 1
 
 
-@pytest.mark.parametrize("ring", [3, 8])  # other sizes: test_sharded.py
+@pytest.mark.parametrize("ring", [1, 2, 3, 4, 8])
 def test_every_layout_and_mask_equals_one_process(ranks, ring):
     cases, layouts = list(CASES.values()), list(LAYOUTS)
     compare(ranks(ring)(on_every_rank, cases, layouts, ring, 1), cases, layouts, ring, 1e-10)
 
 
-def test_ulysses_and_ring_together(ranks):
-    cases = list(CASES.values())
-    compare(ranks(4)(on_every_rank, cases, ["zigzag"], 2, 2), cases, ["zigzag"], 2, 1e-10)
+@pytest.mark.parametrize("ring, ulysses", [(1, 2), (2, 2), (1, 4), (2, 4), (4, 2)])
+def test_ulysses_and_ring_together(ranks, ring, ulysses):
+    cases = [case for case in CASES.values() if case.heads % ulysses == 0]
+    cases.append(Case(Spans.causal(67), heads=12, kv_heads=3, sinks=True))  # kv_heads that ulysses does not divide
+    layouts = ["zigzag"]
+    compare(ranks(ring * ulysses)(on_every_rank, cases, layouts, ring, ulysses), cases, layouts, ring, 1e-10)
 
 
 def test_fp32_is_equal_to_rounding(ranks):

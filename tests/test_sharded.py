@@ -39,7 +39,7 @@ MASKS = {
     "one token": Spans.causal(1),
 }
 HEADS = ((4, 4), (4, 2), (4, 1), (12, 3))  # q and kv heads; 2 and 4 ulysses ranks do not divide 3, nor 4 ranks 2
-MESHES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4))  # ring, ulysses
+MESHES = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 4))  # ring, ulysses
 
 
 @dataclass
