@@ -63,18 +63,23 @@ def attention_forward(
     softcap: float = 0.0,
     into: tuple[Tensor, Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one block of keys, merged into what earlier blocks gave; not differentiable.
 
     ``into`` is (out, lse) in the accumulator's dtype (fp32; fp64 for fp64 inputs). Its lse is updated in place; its
-    out too when ``out_dtype`` (default q's) is its dtype, else the result is a new tensor of ``out_dtype``. ``backend``
-    is "auto", or what ``pick_backend`` gave for the whole call: a ring does not ask again at each block.
+    out too when ``out_dtype`` (default q's) is its dtype, else the result is a new tensor of ``out_dtype``, or ``out``,
+    which has q's shape and may be some heads of a wider tensor. ``backend`` is "auto", or what ``pick_backend`` gave
+    for the whole call: a ring does not ask again at each block.
     """
     module = _backend(pick_backend(backend, q, k, v) if backend == "auto" else backend)
-    return module.forward(
-        q, k, v, plan, scale=scale, softcap=softcap, into=into, out_dtype=q.dtype if out_dtype is None else out_dtype
-    )
+    out_dtype = q.dtype if out_dtype is None else out_dtype
+    if out is not None:
+        assert out.shape == q.shape, f"out {tuple(out.shape)}, q {tuple(q.shape)}"
+        assert out.dtype == out_dtype, f"out is {out.dtype}, not {out_dtype}"
+        assert into is None or into[0].dtype != out_dtype, "the result is in place already"
+    return module.forward(q, k, v, plan, scale=scale, softcap=softcap, into=into, out_dtype=out_dtype, out=out)
 
 
 def attention_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
@@ -100,15 +105,20 @@ def attention_backward(
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
+    fresh: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of one block of keys, given the lse and delta of all of them.
 
     A gradient that is given (accumulator's dtype, contiguous) is added to in place; one that is None comes back
-    new, in its input's dtype. dk and dv sum the query heads of their group in a fixed order.
+    new, in its input's dtype. With ``fresh``, dk and dv are given but hold nothing yet, and are written whole. dk and
+    dv sum the query heads of their group in a fixed order.
     """
     module = _backend(pick_backend(backend, q, k, v) if backend == "auto" else backend)
-    return module.backward(dout, q, k, v, lse, delta, plan, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
+    assert not fresh or (dk is not None and dv is not None), "fresh: dk and dv are given"
+    return module.backward(
+        dout, q, k, v, lse, delta, plan, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv, fresh=fresh
+    )
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

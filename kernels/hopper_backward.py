@@ -95,7 +95,8 @@ def _produce(args, BM: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _write(args, dk_desc, dv_desc, BM: gl.constexpr, BN: gl.constexpr, DETERMINISTIC: gl.constexpr):
+def _write(args, dk_desc, dv_desc, BM: gl.constexpr, BN: gl.constexpr, FRESH: gl.constexpr,
+           DETERMINISTIC: gl.constexpr):  # fmt: skip
     """The writing warp: adds dq tile by tile, and in the end takes dk and dv from the shared memory of k and v."""
     (dq_desc, dq_s, kv_s, dq_full, dq_empty, dkv_full, dv_taken, batch, kv_head, kv_group, k0, first, n, TURN, n_tiles,
      shared_to) = args  # fmt: skip
@@ -111,21 +112,29 @@ def _write(args, dk_desc, dv_desc, BM: gl.constexpr, BN: gl.constexpr, DETERMINI
             if DETERMINISTIC:
                 _pass_turn(TURN + first + t, k0 // BN + 1)
         TURN += n_tiles
-    ADD: gl.constexpr = dk_desc.dtype == gl.float32
-    if ADD:
-        if n > 0:
+    WIDE: gl.constexpr = dk_desc.dtype == gl.float32
+    if WIDE:
+        if FRESH or n > 0:
             wide = reinterpret(kv_s, gl.float32, [BN, kv_s.shape[2]], gl.NVMMASharedLayout(128, 32, rank=2))
             mbarrier.wait(dkv_full.index(0), 0)
-            tma_add(dv_desc, [batch, k0, kv_head, 0], as_block(wide, dv_desc))
+            _store_or_add(dv_desc, [batch, k0, kv_head, 0], as_block(wide, dv_desc), FRESH)
             tma_store_wait(0)
             mbarrier.arrive(dv_taken.index(0), count=1)
             mbarrier.wait(dkv_full.index(0), 1)
-            tma_add(dk_desc, [batch, k0, kv_head, 0], as_block(wide, dk_desc))
+            _store_or_add(dk_desc, [batch, k0, kv_head, 0], as_block(wide, dk_desc), FRESH)
     else:
         mbarrier.wait(dkv_full.index(0), 0)
         tma_store(dk_desc, [batch, k0, kv_head, 0], as_block(kv_s.index(0), dk_desc))
         tma_store(dv_desc, [batch, k0, kv_head, 0], as_block(kv_s.index(1), dv_desc))
     tma_store_wait(0)
+
+
+@gluon.jit
+def _store_or_add(desc, where, tile, STORE: gl.constexpr):
+    if STORE:
+        tma_store(desc, where, tile)
+    else:
+        tma_add(desc, where, tile)
 
 
 @gluon.jit
@@ -255,7 +264,8 @@ def _step(i, t_next, p, ds, dk, dv, args, NEXT: gl.constexpr, STAGES: gl.constex
 
 
 @gluon.jit
-def _consume(args, STAGES: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexpr, FOLD: gl.constexpr):
+def _consume(args, STAGES: gl.constexpr, WIDE: gl.constexpr, FRESH: gl.constexpr, SOFTCAP: gl.constexpr,
+             FOLD: gl.constexpr):  # fmt: skip
     (q_s, dout_s, kv_s, ds_s, dq_s, lse_s, delta_s, kv_full, q_full, q_empty, dout_full, dout_empty, dq_full,
      dq_empty, dkv_full, dv_taken, QUERY_LO, QUERY_HI, kv_group, k0, n_keys, first, n, full_from, full_to, score_scale,
      bend, scale) = args  # fmt: skip
@@ -289,8 +299,8 @@ def _consume(args, STAGES: gl.constexpr, ADD: gl.constexpr, SOFTCAP: gl.constexp
     if not FOLD:
         dk = dk * scale
     # k and v are done with, and their shared memory carries the results out: 2 tiles of 16 bits, or 1 of 32.
-    if ADD:
-        if n > 0:
+    if WIDE:
+        if FRESH or n > 0:
             wide = reinterpret(kv_s, gl.float32, [BN, D], gl.NVMMASharedLayout(128, 32, rank=2))
             wide.store(dv)
             fence_async_shared()
@@ -312,12 +322,13 @@ def backward_kernel(q_desc, dout_desc, k_desc, v_desc, stats_desc, dq_desc, dk_d
                     QUERY_LO, QUERY_HI, ORDER, TURN, plan_stride, order_stride, n_queries, n_keys, n_kv_heads, kv_group,
                     n_all_heads, section, padded, score_scale, bend, scale,
                     BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SOFTCAP: gl.constexpr,
-                    FOLD: gl.constexpr, DETERMINISTIC: gl.constexpr):  # fmt: skip
+                    FOLD: gl.constexpr, FRESH: gl.constexpr, DETERMINISTIC: gl.constexpr):  # fmt: skip
     """One tile of BN keys of one kv head: dk and dv whole, and its share of the dq of all queries that see it.
 
-    dq_desc is fp32 and added to; dk_desc and dv_desc are fp32 and added to, or of 16 bits and written. stats_desc is
-    what `statistics_kernel` made, flat. FOLD: ds carries the scale (free, but fp16 would lose small values), and so
-    does delta in the statistics. n_all_heads counts kv heads times batch; `section` of them are worked on at a time.
+    dq_desc is fp32 and added to; dk_desc and dv_desc are fp32 and added to, or if FRESH written, or of 16 bits and
+    written. stats_desc is what `statistics_kernel` made, flat. FOLD: ds carries the scale (free, but fp16 would lose
+    small values), and so does delta in the statistics. n_all_heads counts kv heads times batch; `section` of them are
+    worked on at a time.
     DETERMINISTIC: tiles of keys add to a tile of dq in their order, by TURN (batch, heads, tiles of queries) int32,
     which must be zeros; else it is not touched.
     """
@@ -373,9 +384,9 @@ def backward_kernel(q_desc, dout_desc, k_desc, v_desc, stats_desc, dq_desc, dk_d
             score_scale, bend, scale)  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (args, STAGES, dk_desc.dtype == gl.float32, SOFTCAP, FOLD)),
+            (_consume, (args, STAGES, dk_desc.dtype == gl.float32, FRESH, SOFTCAP, FOLD)),
             (_produce, (load_args, BM, STAGES)),
-            (_write, (write_args, dk_desc, dv_desc, BM, BN, DETERMINISTIC)),
+            (_write, (write_args, dk_desc, dv_desc, BM, BN, FRESH, DETERMINISTIC)),
         ],
         [1, 1],
         [24, 24],

@@ -83,7 +83,7 @@ def _produce(args, NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MER
     n_tiles = (n_queries + BM - 1) // BM
     base = 0  # tiles of keys, for all tiles of queries so far
     slot = 0
-    work = gl.program_id(0)
+    work = gl.atomic_add(TAKEN, 1)  # the first as well: where two kernels overlap, programs start late
     while work < n_tiles * n_all_heads:
         flat_head, place = place_of(work, n_tiles, n_all_heads, section)
         batch = flat_head // n_heads
@@ -92,7 +92,7 @@ def _produce(args, NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MER
         tile = gl.load(ORDER + batch.to(gl.int64) * order_stride + place) if ORDERED else n_tiles - 1 - place
         q0 = tile * BM
         first, n, full_from, full_to = tile_range(LO + plan_row, HI + plan_row, q0, BM, BN, n_queries, n_keys)
-        work = gl.num_programs(0) + gl.atomic_add(TAKEN, 1)  # a tile ahead, so that nobody waits for the answer
+        work = gl.atomic_add(TAKEN, 1)  # a tile ahead, so that nobody waits for the answer
         if (n > 0) | (not IN_PLACE):  # no key here, and nothing to convert: old and lse stay as they are
             mbarrier.wait(tile_empty.index(slot % SLOTS), (slot // SLOTS & 1) ^ 1)
             for c in gl.static_range(NC):
@@ -167,12 +167,15 @@ def _masked(scores, j, mask_args, HIGH: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, top, total, score_scale):
-    """(weights, new maximum, new sum, factor by which older sums shrink)."""
+def _softmax(scores, top, score_scale):
+    """(weights, new maximum, sums of the weights, factor by which older sums shrink).
+
+    A row's four threads sum their own columns each, (rows, 4): they meet when all keys have passed.
+    """
     new_top = gl.maximum(top, gl.max(scores, 1) * score_scale)
     p = gl.exp2(scores * score_scale - new_top[:, None])
-    shrink = gl.exp2(top - new_top)
-    return p, new_top, total * shrink + gl.sum(p, 1), shrink
+    sums = gl.sum(gl.sum(p.reshape((ROWS, p.shape[1] // 8, 4, 2)), 3), 1)
+    return p, new_top, sums, gl.exp2(top - new_top)
 
 
 @gluon.jit
@@ -197,7 +200,9 @@ def _step(j, base, p, acc, top, total, full_from, full_to, loop_args, mask_args,
     pass_by(TURN + (cid + 1) % NC, 256)
     scores = warpgroup_mma_wait(1, deps=(s_future,))
     scores = _scores(scores, j, full_from, full_to, mask_args, SOFTCAP)
-    weights, top, total, shrink = _softmax(scores, top, total, score_scale)
+    weights, top, sums, shrink = _softmax(scores, top, score_scale)
+    own_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    total = total * gl.convert_layout(shrink, own_rows, assert_trivial=True)[:, None] + sums
     # k was free before the softmax; said after it, this keeps the wait for P V behind it. The assembler would have that
     # wait first, as it sees no reason not to, and the tensor cores would idle through every softmax.
     pass_after(total, K_FREE + stage, NC * 128 + 32)
@@ -220,7 +225,6 @@ def _walk(n, base, full_from, full_to, loop_args, mask_args, cid: gl.constexpr, 
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc = gl.zeros([ROWS, D], gl.float32, layout=o_layout)
     top = gl.full([ROWS], FLOOR, gl.float32, layout=s_rows)
-    total = gl.full([ROWS], 0.0, gl.float32, layout=s_rows)
     stage = base % STAGES
     mbarrier.wait(k_full.index(stage), base // STAGES & 1)
     meet(TURN + cid, 256)
@@ -230,7 +234,7 @@ def _walk(n, base, full_from, full_to, loop_args, mask_args, cid: gl.constexpr, 
     scores = warpgroup_mma_wait(0, deps=(s_future,))
     pass_by(K_FREE + stage, NC * 128 + 32)
     scores = _scores(scores, 0, full_from, full_to, mask_args, SOFTCAP)
-    weights, top, total, _ = _softmax(scores, top, total, score_scale)
+    weights, top, total, _ = _softmax(scores, top, score_scale)
     p = gl.convert_layout(weights.to(q.dtype), p_layout)
     for j in range(1, n):
         p, acc, top, total = _step(j, base, p, acc, top, total, full_from, full_to, loop_args, mask_args, cid, NC,
@@ -240,7 +244,7 @@ def _walk(n, base, full_from, full_to, loop_args, mask_args, cid: gl.constexpr, 
     o_future = warpgroup_mma(p, v_s.index(last % STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(o_future,))
     pass_by(V_FREE + last % STAGES, NC * 128 + 32)
-    return acc, top, total
+    return acc, top, gl.convert_layout(gl.sum(total, 1), s_rows)
 
 
 @gluon.jit
@@ -337,7 +341,7 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
     """Tiles of NC * 64 queries of one head each: out and lse, merged with old and lse if MERGE.
 
     LSE (batch, heads, queries) fp32; LO, HI (1 or batch, queries); ORDER (1 or batch, tiles) if ORDERED, else the
-    tiles run from the last one down; TAKEN (1,) int32 is 0 at the start: tiles taken besides each program's first.
+    tiles run from the last one down; TAKEN (1,) int32 is 0 at the start: tiles taken.
     `section` heads are worked on at a time. score_scale is scale * log2(e), or softcap * log2(e) with SOFTCAP, whose
     `bend` is 2 * scale * log2(e) / softcap. REGISTERS: of a consumer's thread.
     """

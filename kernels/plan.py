@@ -17,8 +17,7 @@ class Plan(NamedTuple):
     """A mask as kernels read it: int32 tensors only. Rows are the batch, or 1 for all of it.
 
     lo, hi (rows, queries): keys of a query. query_lo, query_hi (rows, keys): queries of a key. query_order
-    (rows, ceil(queries / TILE)) and key_order (rows, ceil(keys / TILE)): tiles, most work first, so that no
-    long tile is left alone at the end.
+    (rows, ceil(queries / TILE)) and key_order (rows, ceil(keys / TILE)): tiles in the order of work, see `_order`.
     """
 
     lo: Tensor
@@ -33,7 +32,9 @@ def plan(spans: Spans, keys: int) -> Plan:
     """The plan of ``spans`` over ``keys`` keys, on the spans' device, without a host sync."""
     transposed = spans.transpose(keys)
     lo, hi = spans.lo.contiguous(), spans.hi.contiguous()
-    return Plan(lo, hi, transposed.lo, transposed.hi, _order(lo, hi), _order(transposed.lo, transposed.hi))
+    query_order = _order(*_reach(lo, hi), lo[:, ::TILE])
+    first, last = _reach(transposed.lo, transposed.hi)
+    return Plan(lo, hi, transposed.lo, transposed.hi, query_order, _order(first, last, last))
 
 
 def row_stride(plan_rows: Tensor) -> int:
@@ -49,9 +50,24 @@ def heads_in_cache(walked_bytes: int, sharing: int, heads: int) -> int:
     return max(1, min(heads, sharing * max(1, CACHE_BYTES // max(1, walked_bytes))))
 
 
-def _order(lo: Tensor, hi: Tensor) -> Tensor:
-    """Tiles by the length of the range that any of their rows needs, longest first."""
+def _reach(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """The range that any row of a tile needs, (rows, tiles) each: bounds are monotone."""
     n = lo.shape[1]
     first = torch.arange(0, n, TILE, device=lo.device)
-    last = (first + TILE - 1).clamp(max=n - 1)
-    return (hi[:, last] - lo[:, first]).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return lo[:, first], hi[:, (first + TILE - 1).clamp(max=n - 1)]
+
+
+def _order(lo: Tensor, hi: Tensor, document: Tensor) -> Tensor:
+    """Tiles of a document together, and documents by their longest tile, longest first; so are a document's tiles.
+
+    Neighbours are of one document where the end of their range that ``document`` gives is the same: they walk along the
+    same rows, which is cheap while those are in the L2 cache. Sorted by length alone, equal documents of 1,024 tokens
+    took twice the time in backward. Longest first, so that no long tile is left alone at the end.
+    """
+    work = (hi - lo).to(torch.int64)
+    number = (document.diff(dim=1, prepend=document[:, :1]) != 0).cumsum(1)
+    longest = torch.zeros_like(work).scatter_reduce(1, number, work, "amax").gather(1, number)
+    by_work = work.argsort(dim=1, descending=True, stable=True)
+    # Below 2^31 rows there are less than 2^24 tiles
+    together = ((longest << 24) - number).gather(1, by_work).argsort(dim=1, descending=True, stable=True)
+    return by_work.gather(1, together).to(torch.int32)

@@ -97,28 +97,29 @@ def forward(
     softcap: float,
     into: tuple[Tensor, Tensor] | None,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of ``attention_forward``, whose contract this is. ValueError: scale below 0."""
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     (batch, queries, heads, _), (keys, kv_heads) = q.shape, k.shape[1:3]
     in_place = into is not None and into[0].dtype == out_dtype
     before = torch.empty(q.shape, dtype=out_dtype, device=q.device) if into is None else into[0]
-    out = before if into is None or in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    result = before if into is None or in_place else torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty(batch, heads, queries, device=q.device) if into is None else into[1]
     _check(before, lse)
     if is_short(q, k):
-        split_forward(q, k, v, plan, out, lse, None if into is None else before, scale=scale, softcap=softcap)
-        return out, lse
+        split_forward(q, k, v, plan, result, lse, None if into is None else before, scale=scale, softcap=softcap)
+        return result if out is None else out.copy_(result), lse
     config, sizes = _configure(FORWARD_LARGE if _capability(q) in LARGE else FORWARD, q)
     arguments = (
-        q, k, v, out, lse, before, plan.lo, plan.hi, plan.query_order,
+        q, k, v, result, lse, before, plan.lo, plan.hi, plan.query_order,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], row_stride(plan.lo), row_stride(plan.query_order),
         queries, keys, batch * heads, heads, heads // kv_heads,
         heads_in_cache(_head_bytes(k), heads // kv_heads, batch * heads), *coefficients(scale, softcap),
     )  # fmt: skip
     constants = {**sizes, "SOFTCAP": bool(softcap), "MERGE": into is not None, "IN_PLACE": in_place}
     _launch(forward_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
-    return out, lse
+    return result if out is None else out.copy_(result), lse
 
 
 def backward(
@@ -135,11 +136,12 @@ def backward(
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
+    fresh: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of ``attention_backward``, whose contract this is. ValueError: scale below 0."""
     dout, q, k, v = (_rows_contiguous(x) for x in (dout.to(q.dtype), q, k, v))
     _check(lse, delta, *(x for x in (dq, dk, dv) if x is not None))
-    given = (dq is not None, dk is not None, dv is not None)
+    add_dq, add_dk, add_dv = dq is not None, dk is not None and not fresh, dv is not None and not fresh
     dq, dk, dv = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if gradient is None else gradient
         for x, gradient in ((q, dq), (k, dk), (v, dv))
@@ -156,7 +158,7 @@ def backward(
         *inputs, dq, plan.lo, plan.hi, plan.query_order, *strides, row_stride(plan.lo), row_stride(plan.query_order),
         queries, keys, batch * heads, heads, group, heads_in_cache(_head_bytes(k), group, batch * heads), *factors,
     )  # fmt: skip
-    constants = {**sizes, "SOFTCAP": softcapped, "ACCUMULATE": given[0]}
+    constants = {**sizes, "SOFTCAP": softcapped, "ACCUMULATE": add_dq}
     _launch(dq_kernel, config, batch * heads * _blocks(queries, config.block_m), arguments, constants)
 
     config, sizes = _configure((DKDV_LARGE if large else DKDV) | (DKDV_SOFTCAP if softcapped else {}), q)
@@ -165,7 +167,7 @@ def backward(
         row_stride(plan.query_lo), row_stride(plan.key_order), queries, keys, batch * kv_heads, kv_heads, group,
         heads_in_cache(_head_bytes(q) * group, 1, batch * kv_heads), *factors,
     )  # fmt: skip
-    constants = {**sizes, "SOFTCAP": softcapped, "ADD_DK": given[1], "ADD_DV": given[2]}
+    constants = {**sizes, "SOFTCAP": softcapped, "ADD_DK": add_dk, "ADD_DV": add_dv}
     _launch(dkdv_kernel, config, batch * kv_heads * _blocks(keys, config.block_n), arguments, constants)
     return dq, dk, dv
 

@@ -130,6 +130,17 @@ def test_blocks_merge_into_what_is_there(make):
         dk[:, part], dv[:, part] = grads
     torch.testing.assert_close((dq, dk - 1, dv - 1), expected, rtol=1e-12, atol=1e-12)
 
+    empty = [torch.full_like(x, torch.nan) for x in (q, k, v)]  # what nobody has written yet
+    written = attention_backward(
+        dout, q, k, v, lse, delta, plan(spans, 90), scale=0.3, dq=dq.zero_(), dk=empty[1], dv=empty[2], fresh=True
+    )
+    assert written[1] is empty[1]
+    torch.testing.assert_close(written, expected, rtol=1e-12, atol=1e-12)
+    wider = torch.full((2, 40, 6, 8), torch.nan, dtype=q.dtype)
+    assert attention_forward(q, k, v, plan(spans, 90), scale=0.3, out=wider[:, :, 1:5])[0].equal(whole[0])
+    assert wider[:, :, 1:5].equal(whole[0])
+    assert wider[:, :, [0, 5]].isnan().all()
+
 
 def test_a_row_without_keys_is_zero_and_nothing_is_nan():
     leaves, _ = inputs((1, 6, 6, 2, 1, 4), torch.float32)

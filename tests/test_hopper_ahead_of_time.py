@@ -48,7 +48,8 @@ def record(
         hopper_backend.forward(q, k, k, mask, scale=0.1, softcap=softcap, into=before, out_dtype=out_dtype)
         hopper_backend.backward(
             q, q, k, k, lse, lse, mask,
-            scale=0.1, softcap=softcap, dq=given[0], dk=given[1], dv=given[2], deterministic=deterministic,
+            scale=0.1, softcap=softcap, dq=given[0], dk=given[1], dv=given[2], fresh=into and not deterministic,
+            deterministic=deterministic,
         )  # fmt: skip
     return {call.args[0].fn.__name__: call for call in launch.call_args_list}
 

@@ -1,7 +1,10 @@
 """Spans against masks written out as matrices."""
 
+import itertools
+
 import pytest
 import torch
+from torch import Tensor
 
 from ringspan.kernels.plan import TILE, plan
 from ringspan.kernels.spans import Spans
@@ -90,12 +93,35 @@ def test_transpose_shards_tiles_and_pairs_of_random_spans(seed):
     assert not found[:, :, len(theirs) :].any()
     local.check(len(theirs))
 
-    made = plan(spans, keys)
-    for order, lo, hi in ((made.query_order, made.lo, made.hi), (made.key_order, made.query_lo, made.query_hi)):
-        n = lo.shape[1]
-        assert (order.sort(dim=1).values == torch.arange(-(-n // TILE))).all()
-        work = hi[:, [min(t + TILE, n) - 1 for t in range(0, n, TILE)]] - lo[:, ::TILE]
-        assert (work.gather(1, order.long()).diff(dim=1) <= 0).all()
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        Spans.packed([[900, 1300, 77, 2500, 1, 222], [5000]]),
+        Spans.packed([[512] * 9 + [392]]),
+        Spans.causal(5000, window=700),
+        random_spans(5000, 5000, torch.Generator().manual_seed(0), rows=3),
+    ],
+    ids=["packed", "equal", "window", "random"],
+)
+def test_tiles_of_a_document_are_worked_on_together(spans):
+    made = plan(spans, 5000)
+    ends = [min(t + TILE, 5000) - 1 for t in range(0, 5000, TILE)]
+    check_order(made.query_order, made.lo, made.hi, made.lo[:, ::TILE])
+    check_order(made.key_order, made.query_lo, made.query_hi, made.query_hi[:, ends])
+
+
+def check_order(order: Tensor, lo: Tensor, hi: Tensor, document: Tensor) -> None:
+    """Every tile once; a document's side by side, the longest first, and documents by their longest."""
+    n = lo.shape[1]
+    assert (order.sort(dim=1).values == torch.arange(-(-n // TILE))).all()
+    work = hi[:, [min(t + TILE, n) - 1 for t in range(0, n, TILE)]] - lo[:, ::TILE]
+    for tiles, length, one in zip(order.long(), work, document, strict=True):
+        runs = [len(list(run)) for _, run in itertools.groupby(one[tiles].tolist())]
+        assert len(runs) == len(one.unique()), "a document's tiles are apart"
+        lengths = [run.tolist() for run in length[tiles].split(runs)]
+        assert all(run == sorted(run, reverse=True) for run in lengths)
+        assert [run[0] for run in lengths] == sorted((run[0] for run in lengths), reverse=True)
 
 
 @pytest.mark.parametrize(

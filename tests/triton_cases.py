@@ -77,7 +77,13 @@ def _check_forward(
 ) -> None:  # fmt: skip
     wide = torch.float32 if case.into and case.seed % 2 else case.dtype  # a ring's steps write fp32, its last one not
     given = None if before is None else (before[0].clone(), before[1].clone())
-    out, lse = triton_backend.forward(q, k, v, mask, scale=scale, softcap=case.softcap, into=given, out_dtype=wide)
+    view = None  # some heads of a wider tensor, where the result is not in place
+    if case.seed % 3 and (given is None or given[0].dtype != wide):
+        view = torch.full((*q.shape[:2], q.shape[2] + 1, q.shape[3]), torch.nan, dtype=wide, device=q.device)[:, :, 1:]
+    out, lse = triton_backend.forward(
+        q, k, v, mask, scale=scale, softcap=case.softcap, into=given, out_dtype=wide, out=view
+    )
+    assert view is None or out is view
     assert out.dtype == wide
     assert lse.dtype == torch.float32
     assert given is None or (lse is given[1] and (out is given[0]) == (wide == torch.float32))
@@ -101,15 +107,20 @@ def _check_backward(
     out, lse, *gradients = truth
     delta = (dout.double() * out).sum(-1).transpose(1, 2).float().contiguous()
     start = [torch.randn(x.shape, generator=generator).to(q.device) if case.into else None for x in (q, k, v)]
-    sums = [None if x is None else x.clone() for x in start]
+    fresh = case.into and case.seed % 3 == 0
+    if fresh:
+        start[1:] = [torch.full_like(x, torch.nan, dtype=torch.float32) for x in (k, v)]
+    sums = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in start]
     given = dict(zip(("dq", "dk", "dv"), sums, strict=True))
-    got = triton_backend.backward(dout, q, k, v, lse.float(), delta, mask, scale=scale, softcap=case.softcap, **given)
+    got = triton_backend.backward(
+        dout, q, k, v, lse.float(), delta, mask, scale=scale, softcap=case.softcap, fresh=fresh, **given
+    )
     # ds = p (dout.v - delta): with few keys the two nearly cancel, and delta's rounding stays
     terms = _size(delta)
     for i, name in enumerate(given):
         assert got[i].dtype == (torch.float32 if case.into else case.dtype)
-        first = start[i]
-        assert first is None or got[i] is sums[i]
+        assert start[i] is None or got[i] is sums[i]
+        first = None if fresh and i else start[i]
         _close(
             case, name, got[i], gradients[i] if first is None else gradients[i] + first.double(), plain[i + 1], terms
         )
