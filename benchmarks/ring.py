@@ -7,15 +7,18 @@ python benchmarks/ring.py --profile                           # docs/benchmarks/
 python benchmarks/ring.py --device cpu                        # a rehearsal on gloo: tiny, and no figures worth keeping
 python benchmarks/ring.py --render                            # table and plots of the reports anew, on any machine
 
-All contestants of a case run in turn, `--rounds` times, and the median counts: clocks drift by percents. A round's time
-is that of the slowest rank. FLOPs are 4 x dim x attended (query, key) pairs x heads, and 2.5 times that backward. "one
-GPU" is our local kernel with heads divided by the GPUs: the same work, with nothing sent. Memory is what a pass takes
-beside its inputs. A peer that is not installed, or cannot run a case, is left out of it.
+All contestants of a case run in an order drawn anew for each of `--rounds` rounds, and the median counts: clocks drift
+by percents. A GPU is kept busy for 2 ms before the first pass of a round: in training, too, the host is ahead of it;
+what the host takes to issue a pass is in the report. A round's time is that of the slowest rank. FLOPs are 4 x dim x
+attended (query, key) pairs x heads, and 2.5 times that backward. "one GPU" is our local kernel with heads divided by
+the GPUs: the same work, and nothing sent. Memory is what a pass takes beside its inputs. A peer that is
+not installed, or cannot run a case, is left out of it.
 """
 
 import argparse
 import json
 import os
+import random
 import shlex
 import statistics
 import sys
@@ -24,18 +27,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ring_peers import CONTESTANTS, Case, Contestant, ours
-from ring_report import render, render_trace
+from ring_report import render, render_trace, where_time_goes
+from scaling import suggestions
 
 from ringspan.parallel import copy_engine
+from ringspan.parallel.transport import Lane, open_lane, pick_transport
 
 LEAST_SECONDS = 0.05  # of one timing: as many passes in a row as that takes
 PASS_FACTOR = 3.5  # forward and backward, in forward passes
+HEAD_START = 4_000_000  # cycles that a GPU is given to spin, before what is timed
+WIRE_ROWS = 16384  # of 8 heads of 128, keys and values: what the wire alone is timed with
 
 
 def cases(arguments: argparse.Namespace, ranks: int) -> Iterator[Case]:
@@ -73,22 +80,32 @@ class Clock:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def timed(contestant: Contestant, passes: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of a forward and of a backward pass, of the slowest rank."""
+class Seconds(NamedTuple):
+    """Of a pass, on the slowest rank; ``host``: until both are issued."""
+
+    forward: float
+    backward: float
+    host: float
+
+
+def timed(contestant: Contestant, passes: int, device: torch.device) -> Seconds:
     with contestant.context():
         settle(device)
-        clock = Clock(device)
+        if device.type == "cuda":
+            torch.cuda._sleep(HEAD_START)
+        clock, began = Clock(device), time.perf_counter()
         clock.mark()
         for _ in range(passes):
             out = contestant.forward()
             clock.mark()
             contestant.backward(out)
             clock.mark()
+        issued = time.perf_counter() - began
         took = clock.seconds()
-    slowest = torch.tensor([sum(took[0::2]), sum(took[1::2])], dtype=torch.float64, device=device) / passes
+    sums = [sum(took[0::2]), sum(took[1::2]), issued]
+    slowest = torch.tensor(sums, dtype=torch.float64, device=device) / passes
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    forward, backward = slowest.tolist()
-    return forward, backward
+    return Seconds(*slowest.tolist())
 
 
 def settle(device: torch.device) -> None:
@@ -100,20 +117,19 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def extra_gib(contestant: Contestant, device: torch.device) -> float:
-    """Memory of a pass beside q, k, v and dout: results, buffers, and what the ring holds for good."""
+def first_round(contestant: Contestant, device: torch.device) -> tuple[Seconds, float]:
+    """Of one pass; and its memory beside q, k, v and dout, GiB: results, buffers, and what the ring holds for good."""
     if device.type != "cuda":
-        return 0.0
+        return timed(contestant, 1, device), 0.0
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with contestant.context():
-        contestant.backward(contestant.forward())
+    took = timed(contestant, 1, device)
     peak = torch.cuda.max_memory_allocated() - before
     if contestant.facts.get("transport") == "copy_engine":
         peak += copy_engine.reserved_bytes()
     most = torch.tensor(float(peak), device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return round(most.item() / 2**30, 3)
+    return took, round(most.item() / 2**30, 3)
 
 
 def agreed(worked: bool, device: torch.device) -> bool:
@@ -146,21 +162,21 @@ def ready(names: list[str], case: Case, device: torch.device) -> dict[str, Conte
 def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The report's row of a case."""
     running = ready(["ours", "one GPU", *arguments.peers], case, device)
-    passes, seconds = {}, dict[str, list[tuple[float, float]]]()
-    for name, contestant in running.items():
-        took = sum(timed(contestant, 1, device))
-        passes[name] = max(1, min(20, round(LEAST_SECONDS / took)))
-        seconds[name] = []
+    passes, seconds, gib = {}, dict[str, list[Seconds]](), {}
     began = time.monotonic()
+    for name, contestant in running.items():
+        took, gib[name] = first_round(contestant, device)
+        passes[name] = max(1, min(20, round(LEAST_SECONDS / (took.forward + took.backward))))
+        seconds[name] = [took] if passes[name] == 1 else []
     for number in range(arguments.rounds):
         # Enough is enough, on all ranks alike; at least one round
-        if number and not agreed(time.monotonic() - began < arguments.seconds, device):
+        if all(seconds.values()) and not agreed(time.monotonic() - began < arguments.seconds, device):
             break
-        for name, contestant in running.items():
-            seconds[name].append(timed(contestant, passes[name], device))
+        for name in random.Random(number).sample(list(running), len(running)):
+            seconds[name].append(timed(running[name], passes[name], device))
     flops = 4.0 * case.dim * case.heads * int(case.spans().pairs().sum()) / dist.get_world_size()
     rates = {
-        name: {**rate(flops, seconds[name]), "extra_gib": extra_gib(contestant, device), **contestant.facts}
+        name: {**rate(flops, seconds[name]), "extra_gib": gib[name], **contestant.facts}
         for name, contestant in running.items()
     }
     mine, alone = rates.pop("ours", {}), rates.pop("one GPU", None)
@@ -169,14 +185,15 @@ def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> 
     return row | ({"one_gpu": alone} if alone else {}) | {"peers": rates}
 
 
-def rate(flops: float, seconds: list[tuple[float, float]]) -> dict[str, Any]:
-    forward, backward = (statistics.median(times) for times in zip(*seconds, strict=True))
-    both = statistics.median(map(sum, seconds))
+def rate(flops: float, seconds: list[Seconds]) -> dict[str, Any]:
+    forward, backward, host = (statistics.median(times) for times in zip(*seconds, strict=True))
+    both = statistics.median(one.forward + one.backward for one in seconds)
     return {
         "value": digits(PASS_FACTOR * flops / both * 1e-12),
         "unit": "TFLOP/s a GPU",
         "forward": digits(flops / forward * 1e-12),
         "backward": digits(2.5 * flops / backward * 1e-12),
+        "host_ms": digits(host * 1e3),
         "rounds": len(seconds),
     }
 
@@ -191,7 +208,12 @@ def line(row: dict[str, Any]) -> str:
     shown = "  ".join(f"{name} {x['value']:.0f} ({ours / x['value']:.3f})" for name, x in others.items() if x)
     size = f"{row['mask']:<13} {row['tokens_a_gpu']:>7} a GPU {row['heads']}/{row['kv_heads']}"
     mine = row["ours"]
-    return f"{size}: ours {ours:.0f} ({mine.get('forward', 0):.0f}, {mine.get('backward', 0):.0f})  {shown}"
+    rates = f"{ours:.0f} ({mine.get('forward', 0):.0f}, {mine.get('backward', 0):.0f})"
+    alone = row.get("one_gpu") or {}
+    return (
+        f"{size}: ours {rates}, one GPU ({alone.get('forward', 0):.0f}, {alone.get('backward', 0):.0f}), host "
+        f"{mine.get('host_ms', 0):.1f} ms, {mine.get('extra_gib', 0):.2f} GiB  {shown}"
+    )
 
 
 def say(text: str) -> None:
@@ -199,7 +221,32 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def wire_rate(device: torch.device, rounds: int = 8) -> float:
+    """Bytes/s that a rank receives of its neighbour's keys and values, with nothing beside it."""
+    group, dtype = dist.group.WORLD, torch.bfloat16
+    assert group is not None
+    shape = (1, WIRE_ROWS if device.type == "cuda" else 16, 8, 128)
+    pair = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    nbytes, ranks = pair[0].numel() * dtype.itemsize, group.size()
+    lane = open_lane(pick_transport("auto", group, device), group, device, Lane("keys", min(2, ranks - 1), nbytes))
+    seconds = []
+    for _ in range(rounds):
+        settle(device)
+        clock = Clock(device)
+        clock.mark()
+        exchange = lane.exchange(
+            pair, (group.rank() + 1) % ranks, shape[1], (group.rank() - 1) % ranks, "the wire's timing"
+        )
+        exchange.wait()
+        exchange.done()
+        clock.mark()
+        seconds += clock.seconds()
+    slowest = torch.tensor(statistics.median(seconds), dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return 2 * nbytes / slowest.item()
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], wire: float) -> None:
     """Rows of this run take the place of those of the same sizes, and the others stay: a table grows by parts."""
     path: Path = arguments.out
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,6 +264,7 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         },
         "dtype": "bfloat16" if cuda else "float32",
+        "wire_gbytes": digits(wire * 1e-9),
         "command": shlex.join(sys.argv),
     }
     order = {"causal": 0, "packed": 1, "window": 2}
@@ -252,6 +300,7 @@ def profile(arguments: argparse.Namespace, device: torch.device) -> None:
         path = arguments.out.with_name("ring_trace.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"case": asdict(case), "gpus": ranks, "events": shown}) + "\n")
+        say("\n".join(where_time_goes(shown)))
         render_trace(path)
 
 
@@ -279,16 +328,20 @@ def work(rank: int, world: int, store: str | None, arguments: argparse.Namespace
 
 def compare(arguments: argparse.Namespace, device: torch.device) -> None:
     rows: list[dict[str, Any]] = []
-    for case in cases(arguments, dist.get_world_size()):
+    wire = wire_rate(device)
+    say(f"wire: {wire * 1e-9:.0f} GB/s from a neighbour")
+    # Few bytes first: boxes never shrink, and count as memory
+    for case in sorted(cases(arguments, dist.get_world_size()), key=lambda one: one.length * one.kv_heads):
         began = time.monotonic()
         rows.append(measure(case, arguments, device))
         say(f"{line(rows[-1])}  [{time.monotonic() - began:.0f} s]")
         if dist.get_rank() == 0:
-            write(arguments, rows)  # after each case: a run that is cut short keeps what it has
+            write(arguments, rows, wire)  # after each case: a run that is cut short keeps what it has
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if dist.get_rank() == 0:
         render(arguments.out)
+        say("\n".join(suggestions(json.loads(arguments.out.read_text()))))
 
 
 def tiny(arguments: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from ringspan.kernels.attention import attention
 from ringspan.kernels.plan import plan
 from ringspan.kernels.spans import Spans
 from ringspan.parallel.balance import lockstep_imbalance
+from ringspan.parallel.gather import gather_attention, plan_gather
 from ringspan.parallel.layout import Layout
 from ringspan.parallel.ring import ring_attention
 from ringspan.parallel.ring_plan import plan_ring, read_steps
@@ -109,6 +110,17 @@ def ours(case: Case, device: torch.device, transport: str = "auto") -> Contestan
     }
     forward = partial(ring_attention, *leaves, ring_plan, group, transport=transport)
     return Contestant(forward, leaves, dout, facts=facts)
+
+
+def gathered(case: Case, device: torch.device) -> Contestant:
+    """Our other strategy: all keys first, and one kernel over them."""
+    group = dist.group.WORLD
+    assert group is not None
+    layout = Layout.zigzag(case.length, group.size())
+    causal_only(case, "all-gather attention")
+    leaves, dout = inputs(case, layout.rows, case.heads, case.kv_heads, device)
+    mask = plan_gather(case.spans(), layout, group.rank()).to(device)
+    return Contestant(partial(gather_attention, *leaves, mask, group), leaves, dout)
 
 
 def one_gpu(case: Case, device: torch.device) -> Contestant:
@@ -301,4 +313,5 @@ CONTESTANTS: dict[str, Make] = {
     "ring-flash-attn llama3": partial(ring_flash_attention, kind="llama3"),
     "Ulysses": ulysses,
     "ours over NCCL": partial(ours, transport="p2p"),
+    "ours, all-gather": gathered,
 }

@@ -18,8 +18,9 @@ def render(path: Path) -> None:
         f"{report['machine']}, {report['dtype']}, {versions(report['versions'])}. TFLOP/s a GPU, forward + backward,",
         "per attended FLOP; in brackets ours over theirs. One GPU: our own kernel, the heads divided by the GPUs, the",
         "same work with nothing sent. Memory is what a pass takes beside its inputs, in GiB a GPU. Imbalance is of",
-        "the ring's lock-step work; a token sent is a key and its value that goes to another rank. Written, like the",
-        f"plots, by `python {report['command']}`.",
+        "the ring's lock-step work; a token sent is a key and its value that goes to another rank; host is what it",
+        "takes to issue a forward and a backward pass. Written, like the plots, by",
+        f"`python {report['command']}`.",
         "",
         "![TFLOP/s a GPU of every case](ring.png)",
         "",
@@ -30,10 +31,11 @@ def render(path: Path) -> None:
         rates = [row.get("one_gpu"), *(row["peers"].get(name) for name in peers)]
         mine = f"**{ours:.0f}** ({row['ours']['forward']:.0f}, {row['ours']['backward']:.0f})"
         lines.append(cells([*sizes(row), mine, *(over(rate, ours) for rate in rates)]))
-    lines += ["", head([*SIZES, "tokens sent", "imbalance", "GiB: ours", *peers])]
+    lines += ["", head([*SIZES, "tokens sent", "imbalance", "host ms", "GiB: ours", *peers])]
     for row in rows:
         gib = [row["ours"], *(row["peers"].get(name) for name in peers)]
-        facts = [str(row["ours"]["sent_tokens"]), f"{row['ours']['imbalance']:.1%}"]
+        host = row["ours"].get("host_ms")
+        facts = [str(row["ours"]["sent_tokens"]), f"{row['ours']['imbalance']:.1%}", f"{host:.1f}" if host else "-"]
         lines.append(cells([*sizes(row), *facts, *(f"{one['extra_gib']:.2f}" if one else "-" for one in gib)]))
     if path.with_name("ring_trace.png").exists():
         lines += ["", "## What runs beside what", "", "![Trace of a forward and a backward pass](ring_trace.png)"]
@@ -97,6 +99,36 @@ def kind(name: str) -> str:
     if any(part in name.lower() for part in ("peer", "ptop", "sendrecv", "nccl")):
         return "exchange"
     return "attention" if "forward_kernel" in name or "backward_kernel" in name else "other"
+
+
+def where_time_goes(events: list[dict[str, Any]]) -> list[str]:
+    """Of the second half of a trace: each kernel's count and time, and when no attention ran, or nothing at all."""
+    events = sorted(events, key=lambda one: one["start"])
+    events = events[len(events) // 2 :]
+    if not events:
+        return ["the trace is empty"]
+    names: dict[str, list[float]] = {}
+    for one in events:
+        names.setdefault(one["name"][:60], []).append(one["microseconds"])
+    lines = [
+        f"{sum(times):9.0f} us  {len(times):3} x  {name}"
+        for name, times in sorted(names.items(), key=lambda item: -sum(item[1]))
+    ]
+    span = max(one["start"] + one["microseconds"] for one in events) - events[0]["start"]
+    attention = [one for one in events if kind(one["name"]) == "attention"]
+    for what, some in (("attention", attention), ("anything", events)):
+        lines.append(f"{span - covered(some):9.0f} us of {span:.0f} without {what}")
+    return lines
+
+
+def covered(events: list[dict[str, Any]]) -> float:
+    """Microseconds in which at least one of them, sorted by their start, runs."""
+    total, until = 0.0, float("-inf")
+    for one in events:
+        stop = one["start"] + one["microseconds"]
+        total += max(0.0, stop - max(until, one["start"]))
+        until = max(until, stop)
+    return total
 
 
 def render_trace(path: Path) -> None:

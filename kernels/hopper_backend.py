@@ -48,10 +48,10 @@ BACKWARD = {64: BackwardConfig(128, 128, 2), 128: BackwardConfig(64, 128, 2)}
 # A softcap needs registers, its derivative most.
 FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, 240)}
 BACKWARD_SOFTCAP = BACKWARD | {64: BackwardConfig(64, 128, 2)}
-# Heads are worked on in sections. In each, long tiles go first: with fewer of them than this (4 for each of an H100's
-# 132 multiprocessors), the long ones of the last section end late: at 32/8 heads and 4K that cost a fifth of the speed.
-# So does a last section of fewer heads than the others: 16 heads by 5 are 5 % slower than by 4 or by 8.
-BACKWARD_SECTION = 528
+# Heads are worked on in sections, so that what they walk along stays in L2: a tile of keys for each of an H100's
+# 132 multiprocessors, of two heads at least, as the last section ends unevenly. Sections are equal: 16 heads by 5 are
+# 5 % slower than by 4 or by 8.
+BACKWARD_SECTION = 128
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -198,7 +198,7 @@ def _backward(
     score_scale, bend = _coefficients(scale, softcap)
     key_tiles = triton.cdiv(keys, config.block_n)
     all_heads = batch * kv_heads
-    least = max(heads_in_cache(8 * queries * dim * group, 1, all_heads), triton.cdiv(BACKWARD_SECTION, key_tiles))
+    least = max(heads_in_cache(8 * queries * dim * group, 1, all_heads), triton.cdiv(BACKWARD_SECTION, key_tiles), 2)
     section = next((n for n in range(least, all_heads) if all_heads % n == 0), all_heads)
     turn = plan.key_order  # any int32: it is not touched
     if deterministic:

@@ -22,7 +22,9 @@ from ringspan.parallel.ulysses import to_heads, to_positions
 
 STRATEGIES = ("auto", "ring", "allgather")
 GATHER_RATE = 300e9  # bytes/s that a rank receives: NCCL's all-gather, 64 to 256 MiB, 4 H100 of one host, measured
-HOP_SECONDS = 60e-6  # lost a hop and pass to smaller blocks, launches and waiting: estimated, not measured
+# Lost a hop and pass to smaller blocks, launches and waiting, on 2 H200: the fit of docs/scaling.md says 238 us, but at
+# 32 MiB, where that is what all-gather attention loses, the ring was within 4 % of one GPU's rate.
+HOP_SECONDS = 220e-6
 
 AttentionPlan = RingPlan | GatherPlan
 

@@ -20,6 +20,7 @@ import ctypes
 import functools
 import os
 import socket
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -42,7 +43,7 @@ class Lane(NamedTuple):
 
 
 class Link(Protocol):
-    """What a mailbox asks of the machine, each in the order of one of two streams: compute, or the lane's own."""
+    """What a mailbox asks of the machine, in the order of the lane's own stream, or of the one that is computing."""
 
     rank: int
     ranks: int
@@ -50,8 +51,11 @@ class Link(Protocol):
     def allocate(self, nbytes: int) -> None:
         """Give all ranks buffers of that size and counters at 0; collective, and what was on its way has arrived."""
 
-    def follow(self) -> None:
-        """The lane waits for all that compute has been given so far."""
+    def here(self) -> Any:
+        """The stream that is computing: there may be several, by turns."""
+
+    def follow(self, compute: Any) -> None:
+        """The lane waits for all that this stream has been given so far."""
 
     def tell(self, peer: int, counter: int, value: int) -> None:
         """The lane sets that counter of the peer's."""
@@ -66,7 +70,8 @@ class Link(Protocol):
         """This place in the lane."""
 
     def join(self, mark: Any, counter: int, value: int | None) -> None:
-        """Compute waits until the lane has passed the mark and that counter of ours has reached the value, if any."""
+        """What computes waits until the lane has passed the mark and that counter of ours has reached the value, if
+        any."""
 
     def box(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A view of our own buffer."""
@@ -98,7 +103,7 @@ class Mailbox:
         number, link = self.started, self.link
         assert number - self.finished < self.boxes, f"{what}: the box of {self.boxes} exchanges ago has not been read"
         self.started += 1
-        link.follow()  # what is sent has been written, and what was in our box has been read
+        link.follow(link.here())  # what is sent has been written; `done` has seen to what was in our box
         if rows:
             link.tell(source, link.rank, number + 1)
         offset = number % self.boxes * self.room
@@ -123,14 +128,15 @@ class _Delivery:
     ) -> None:  # fmt: skip
         self.mailbox, self.number, self.mark, self.offset, self.shape = mailbox, number, mark, offset, shape
         self.sent: Pair | None = sent  # alive for as long as it is being read
+        self.readers: list[Any] = []
         self.dtype, self.to, self.source, self.what = sent[0].dtype, to, source, what
 
     def wait(self) -> Pair:
         link = self.mailbox.link
         value = self.number + 1 if self.shape[1] else None
-        with link.waiting(self.what, self.source, self.to):
+        with nullcontext() if self.readers else link.waiting(self.what, self.source, self.to):
             link.join(self.mark, link.ranks + self.source, value)
-        self.sent = None
+        self.readers.append(link.here())
         first = link.box(self.offset, self.shape, self.dtype)
         second = self.offset + _aligned(first.numel() * first.element_size())
         return first, link.box(second, self.shape, self.dtype)
@@ -138,6 +144,9 @@ class _Delivery:
     def done(self) -> None:
         assert self.mailbox.finished == self.number, f"{self.what}: exchanges are done with in their order"
         self.mailbox.finished += 1
+        for reader in self.readers:
+            self.mailbox.link.follow(reader)
+        self.sent = None
 
 
 def _aligned(nbytes: int) -> int:
@@ -171,8 +180,11 @@ class CudaLink:
         self.buffer, self.buffers = buffer, list(self.handle.buffer_ptrs)
         assert self.buffers[self.rank] == buffer.data_ptr()
 
-    def follow(self) -> None:
-        self.lane.wait_stream(torch.cuda.current_stream(self.device))
+    def here(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def follow(self, compute: torch.cuda.Stream) -> None:
+        self.lane.wait_stream(compute)
 
     def tell(self, peer: int, counter: int, value: int) -> None:
         _driver("cuStreamWriteValue32_v2", self.lane.cuda_stream, self.buffers[peer] + 4 * counter, value & _UINT32, 0)
@@ -194,7 +206,7 @@ class CudaLink:
         return self.lane.record_event()
 
     def join(self, mark: torch.cuda.Event, counter: int, value: int | None) -> None:
-        compute = torch.cuda.current_stream(self.device)
+        compute = self.here()
         compute.wait_event(mark)
         if value is not None:
             self._expect(self.inbox, counter, value)

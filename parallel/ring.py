@@ -8,7 +8,9 @@ the block before it is computed; and blocks merge inside the kernels, in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,10 @@ from ringspan.kernels.attention import (
 )
 from ringspan.parallel.autograd import ShardedAttention, define_sharded
 from ringspan.parallel.ring_plan import RingPlan, Runs, Step, read_steps
+from ringspan.parallel.rounding import rounded_sum
+from ringspan.parallel.streams import side_by_side
 from ringspan.parallel.transport import (
+    Exchange,
     Lane,
     Pair,
     Transport,
@@ -81,23 +86,68 @@ def _steps(table: Tensor, data: Tensor, queries: int, group: dist.ProcessGroup) 
     return steps
 
 
-def _travelling(k: Tensor, v: Tensor, steps: list[Step], lane: Transport, way: str) -> Iterator[tuple[Step, Pair]]:
+class _AtHome:
+    """The rank's own keys and values, as an exchange that is over."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+
+    def wait(self) -> Pair:
+        return self.pair
+
+    def done(self) -> None:
+        """They stay."""
+
+
+def _travelling(
+    k: Tensor, v: Tensor, steps: list[Step], lane: Transport, way: str
+) -> Iterator[tuple[int, Step, Exchange]]:
     """Each step with its keys and values, those of the next one on the wire meanwhile.
 
     Steps that only others need come too, empty: all ranks start their exchanges in one order, or parcels would mix.
     """
-    here, pair = None, (k, v)
+    here: Exchange = _AtHome((k, v))
     for number, step in enumerate(steps):
         following = None
         if number + 1 < len(steps):
             owner, reader, keys, sent, _ = steps[number + 1]
             what = f"step {number + 1} of {len(steps) - 1} of the {way} pass"
             following = lane.exchange((sent.take(k), sent.take(v)), reader, len(keys), owner, what)
-        yield step, pair
-        if here is not None:
-            here.done()
+        yield number, step, here
+        here.done()
         if following is not None:
-            here, pair = following, following.wait()
+            here = following
+
+
+class _Share(NamedTuple):
+    """Some of the heads."""
+
+    q: slice
+    kv: slice
+
+
+def _shares(q: Tensor, k: Tensor, steps: list[Step]) -> list[_Share]:
+    """Two shares of the heads, if there are steps and heads for that. Their blocks take turns on two streams, so that
+    where the last tiles of one leave multiprocessors idle, the first of the next run."""
+    n = min(2, k.shape[2]) if len(steps) > 1 else 1
+    group = q.shape[2] // k.shape[2]
+    edges = [k.shape[2] * i // n for i in range(n + 1)]
+    return [_Share(slice(group * a, group * b), slice(a, b)) for a, b in pairwise(edges)]
+
+
+def _turns(n: int, travelling: Iterator[tuple[int, Step, Exchange]]) -> Iterator[tuple[int, int, Step, Exchange]]:
+    """(share, step's number, step, its keys) of all blocks of ``n`` shares, in the order of their issue.
+
+    The rank's own keys come first for one share and last for the other. So there is work while the first keys come in
+    and, backward, while the last gradients go home; and no block follows another of its share, for which it must wait.
+    """
+    own = next(travelling)
+    yield 0, *own
+    for step in travelling:
+        for share in reversed(range(n)):
+            yield share, *step
+    for share in range(1, n):
+        yield share, *own
 
 
 def _forward(
@@ -117,25 +167,59 @@ def _forward(
     steps = _steps(table, data, q.shape[1], group)
     if group.size() > 1:
         agree(group, {"q": (*q.shape, q.dtype), "k and v": (*k.shape, k.dtype), "transport": transport})
-    last = [step for step in steps if len(step.keys)][-1]
-    result = None if sinks is None else sink_start(q, sinks)
     lane = _open(transport, group, steps, k.device, _keys_lane(k, group.size()))
-    for step, (k_part, v_part) in _travelling(k, v, steps, lane, "forward"):
+    run = partial(attention_forward, scale=scale, softcap=softcap, backend=backend)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    first, *others = _shares(q, k, steps)
+    parts = [_Forward(first, steps, q, sinks, out, run)]
+    parts += [_Forward(share, steps[1:] + steps[:1], q, sinks, out, run) for share in others]
+    with side_by_side(q.device, len(parts)) as streams:
+        for i, _, step, arriving in _turns(len(parts), _travelling(k, v, steps, lane, "forward")):
+            with streams.on(i):
+                parts[i].block(step, arriving.wait())
+    sums = [part.lse for part in parts]
+    return out, sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+
+
+class _Forward:
+    """A share of the heads in the forward pass of ``steps``, in their order: partial results live from its first block
+    to its last, which writes ``out``. They are made here, on the stream that has to wait for all: memory of the other
+    one would be lost to everything else."""
+
+    def __init__(
+        self,
+        share: _Share,
+        steps: list[Step],
+        q: Tensor,
+        sinks: Tensor | None,
+        out: Tensor,
+        run: Callable[..., tuple[Tensor, Tensor]],
+    ) -> None:
+        self.kv, self.q, self.out, self.run = share.kv, q[:, :, share.q], out[:, :, share.q], run
+        blocks = [step for step in steps if len(step.keys)]  # at least that of the rank's own keys
+        self.last, self.wide = blocks[-1], accumulator(q.dtype)
+        self.result = None if sinks is None else sink_start(self.q, sinks[share.q])
+        if self.result is None and len(blocks) > 1:
+            self.partial = torch.empty(self.q.shape, dtype=self.wide, device=q.device)
+
+    def block(self, step: Step, pair: Pair) -> None:
         if not len(step.keys):
-            continue
-        result = attention_forward(
-            q,
-            k_part,
-            v_part,
-            step.plan,
-            scale=scale,
-            softcap=softcap,
-            into=result,
-            out_dtype=q.dtype if step is last else accumulator(q.dtype),
-            backend=backend,
-        )
-    assert result is not None, "step 0 holds the rank's own keys, at least one row of padding"
-    return result
+            return
+        k, v = (x[:, :, self.kv] for x in pair)
+        last, out = step is self.last, None
+        if self.result is None:
+            out = self.out if last else self.partial
+        elif last and self.wide != self.q.dtype:  # else there is nothing wider, and what came before is merged into
+            out = self.out
+        dtype = self.q.dtype if last else self.wide
+        self.result = self.run(self.q, k, v, step.plan, into=self.result, out_dtype=dtype, out=out)
+        if last and out is None:
+            self.out.copy_(self.result[0])
+
+    @property
+    def lse(self) -> Tensor:
+        assert self.result is not None, "the rank's own keys are at least one row of padding"
+        return self.result[1]
 
 
 def _open(transport: str, group: dist.ProcessGroup, steps: list[Step], device: torch.device, lane: Lane) -> Transport:
@@ -148,6 +232,12 @@ def _open(transport: str, group: dist.ProcessGroup, steps: list[Step], device: t
 def _keys_lane(k: Tensor, ranks: int) -> Lane:
     """Of two pairs, of which one is read and one comes in; between two ranks there never is a next one."""
     return Lane("keys", min(2, ranks - 1), k.numel() * k.element_size())
+
+
+def _gradients_lane(k: Tensor) -> Lane:
+    """Of one pair for each of two shares of the heads, the larger of which has the odd one."""
+    size = k[:, :, : -(-k.shape[2] // 2)].numel()
+    return Lane("gradients", 2, size * accumulator(k.dtype).itemsize)
 
 
 def _backward(
@@ -172,149 +262,117 @@ def _backward(
     steps = _steps(table, data, q.shape[1], group)
     delta = attention_delta(dout, out, dlse)
     run = partial(attention_backward, scale=scale, softcap=softcap, backend=backend)
-    wide_dtype = accumulator(k.dtype)
+    out_dtype = accumulator(k.dtype) if wide else k.dtype
     if len(steps) == 1:
-        dk, dv = (torch.zeros(k.shape, dtype=wide_dtype, device=k.device) if wide else None for _ in range(2))
-        dq, dk, dv = run(dout, q, k, v, lse, delta, steps[0].plan, dk=dk, dv=dv)
+        dk, dv = (torch.empty(k.shape, dtype=out_dtype, device=k.device) if wide else None for _ in range(2))
+        dq, dk, dv = run(dout, q, k, v, lse, delta, steps[0].plan, dk=dk, dv=dv, fresh=wide)
     else:
-        outs = _Outs(q, k, wide_dtype if wide else k.dtype)
-        n = 2 if k.shape[2] % 2 == 0 else 1
-        shares = [_Share(i, n, len(steps), (dout, q, lse, delta), outs, run) for i in range(n)]
-        lanes = _keys_lane(k, group.size()), Lane("gradients", 1, k.numel() // n * wide_dtype.itemsize)
-        keys, gradients = (_open(transport, group, steps, k.device, lane) for lane in lanes)
-        _round_trip(shares, _travelling(k, v, steps, keys, "backward"), _Homeward(gradients, len(steps) - 1))
-        dq, dk, dv = outs.dq, outs.dk, outs.dv
+        keys, gradients = (
+            _open(transport, group, steps, k.device, lane) for lane in (_keys_lane(k, group.size()), _gradients_lane(k))
+        )
+        inputs = dout, q, lse, delta
+        parts = [_Backward(share, steps, inputs, k, run, gradients) for share in _shares(q, k, steps)]
+        with side_by_side(q.device, len(parts)) as streams:
+            for i, number, step, arriving in _turns(len(parts), _travelling(k, v, steps, keys, "backward")):
+                with streams.on(i):
+                    parts[i].block(number, step, arriving.wait())
+            parts[0].receive()
+            # In the memory that `receive` has freed, so that the other stream comes after it as well
+            dq, dk, dv = (
+                torch.empty(x.shape, dtype=dtype, device=x.device)
+                for x, dtype in ((q, q.dtype), (k, out_dtype), (v, out_dtype))
+            )
+            for i in reversed(range(len(parts))):  # as their last gradients were sent
+                if i:
+                    streams.after(i, 0)
+                with streams.on(i):
+                    parts[i].finish(dq, dk, dv)
     dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
     return dq, dk, dv, dsinks
 
 
-def _round_trip(shares: list[_Share], travelling: Iterator[tuple[Step, Pair]], homeward: _Homeward) -> None:
-    """All blocks of the backward pass. Of two shares of the heads, the rank's own keys come first in one and last in
-    the other: so there is work while the first keys come in, and while the last gradients go home."""
-    own, pair = next(travelling)
-    shares[0].block(pair, own, shares[0].own)
-    for number, (step, arrived) in enumerate(travelling, start=1):
-        for share in shares:
-            part = share.zeros(len(step.keys))
-            share.block(arrived, step, part)
-            homeward.send(number, step, share, part)
-    for share in shares[1:]:
-        share.block(pair, own, share.own)
-    homeward.finish()
-
-
-class _Outs:
-    """The gradients that are returned, each made when something is first written to it."""
-
-    def __init__(self, q: Tensor, k: Tensor, dtype: torch.dtype) -> None:
-        self.q, self.k, self.dtype = q, k, dtype
-
-    @cached_property
-    def dq(self) -> Tensor:
-        return torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
-
-    @cached_property
-    def dk(self) -> Tensor:
-        return torch.empty(self.k.shape, dtype=self.dtype, device=self.k.device)
-
-    @cached_property
-    def dv(self) -> Tensor:
-        return torch.empty_like(self.dk)
-
-
-class _Share:
-    """Share ``i`` of ``n`` of the heads in the backward pass of so many steps. Its dq, and the dk and dv of the rank's
-    own keys, are sums in the accumulator's dtype, which live from their first block to their last."""
+class _Backward:
+    """A share of the heads in the backward pass. Its dq, and the dk and dv of the rank's own keys, are sums in the
+    accumulator's dtype, which live from their first block to their last. The gradients of others' keys go home while
+    the other share's block is computed, and are added there in the order of the steps. All is made here, see
+    `_Forward`."""
 
     def __init__(
         self,
-        i: int,
-        n: int,
-        steps: int,
+        share: _Share,
+        steps: list[Step],
         inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-        outs: _Outs,
-        run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        k: Tensor,
+        run: Callable[..., object],
+        lane: Transport,
     ) -> None:
         dout, q, lse, delta = inputs
-        self.heads, self.kv_heads = (_slice(x.shape[2], i, n) for x in (q, outs.k))
-        self.inputs = dout[:, :, self.heads], q[:, :, self.heads]
-        self.statistics = lse[:, self.heads].contiguous(), delta[:, self.heads].contiguous()
-        self.outs, self.run, self.blocks = outs, run, steps
-        self.dq: Tensor | None = None
-        self.sums: Pair | None = None
+        self.share, self.run, self.lane, self.last = share, run, lane, len(steps) - 1
+        self.inputs = dout[:, :, share.q], q[:, :, share.q]
+        self.statistics = lse[:, share.q].contiguous(), delta[:, share.q].contiguous()
+        wide, (batch, rows, heads, dim) = accumulator(q.dtype), k[:, :, share.kv].shape
+        self.dq = torch.zeros(self.inputs[1].shape, dtype=wide, device=q.device)
+        self.sums = self.dq.new_empty(batch, rows, heads, dim), self.dq.new_empty(batch, rows, heads, dim)
+        self.begun = False  # whether the sums hold something
+        most = max(len(step.keys) for step in steps[1:])
+        self.others: Tensor | None = self.dq.new_empty(2, batch * most * heads * dim)  # another rank's keys' gradients
+        self.expected: tuple[int, Runs, Exchange] | None = None  # step, rows, and their gradients on the way here
+        self.arrived: Pair | None = None
 
-    @property
-    def own(self) -> Pair:
-        """dk and dv of the rank's own keys so far."""
-        if self.sums is None:
-            self.sums = self.zeros(self.outs.k.shape[1])
-        return self.sums
-
-    def zeros(self, rows: int) -> Pair:
-        """For the gradients of so many keys and values."""
-        k = self.outs.k[:, :, self.kv_heads]
-        dk, dv = (
-            torch.zeros((len(k), rows, *k.shape[2:]), dtype=accumulator(k.dtype), device=k.device) for _ in range(2)
-        )
-        return dk, dv
-
-    def block(self, pair: Pair, step: Step, into: Pair) -> None:
-        """One of the share's blocks: dk and dv are added to ``into``."""
-        q = self.inputs[1]
-        if self.dq is None:
-            self.dq = torch.zeros(q.shape, dtype=accumulator(q.dtype), device=q.device)
+    def block(self, number: int, step: Step, pair: Pair) -> None:
+        if self.expected is not None and self.expected[0] < self.last:
+            self.add()  # they have had a block's time; the last ones have until `finish`
+        into, fresh = self.sums, not self.begun
+        if number:
+            assert self.others is not None
+            batch, _, heads, dim = self.sums[0].shape
+            size = batch * len(step.keys) * heads * dim
+            dk, dv = (x[:size].view(batch, len(step.keys), heads, dim) for x in self.others)
+            into, fresh = (dk, dv), True
         if len(step.keys):
-            k, v = (x[:, :, self.kv_heads] for x in pair)
-            self.run(*self.inputs, k, v, *self.statistics, step.plan, dq=self.dq, dk=into[0], dv=into[1])
-        self.blocks -= 1
-        if not self.blocks:
-            self.outs.dq[:, :, self.heads] = self.dq
-            self.dq = None
-
-    def add(self, runs: Runs, arrived: Pair, last: bool) -> None:
-        """Gradients of the rank's own keys have come home; the last ones are added and rounded in one pass."""
-        if last:
-            for total, x, out in zip(self.own, arrived, (self.outs.dk, self.outs.dv), strict=True):
-                _settle(total, runs, x, out[:, :, self.kv_heads])
-            self.sums = None
+            k, v = (x[:, :, self.share.kv] for x in pair)
+            self.run(*self.inputs, k, v, *self.statistics, step.plan, dq=self.dq, dk=into[0], dv=into[1], fresh=fresh)
+        if number:
+            what = f"the gradients of step {number} of {self.last} of the backward pass"
+            self.expected = number, step.sent, self.lane.exchange(into, step.owner, len(step.sent), step.reader, what)
         else:
-            for total, x in zip(self.own, arrived, strict=True):
-                runs.add(total, x)
+            self.begun = True
+
+    def add(self) -> None:
+        """Gradients of the rank's own keys have come home."""
+        assert self.expected is not None
+        _, runs, arriving = self.expected
+        for total, x in zip(self.sums, arriving.wait(), strict=True):
+            if not self.begun:
+                total.zero_()
+            runs.add(total, x)
+        self.begun = True
+        arriving.done()
+
+    def receive(self) -> None:
+        """Wait for the last that come home, and until those of others have gone, whose memory is free then."""
+        assert self.expected is not None
+        self.arrived, self.others = self.expected[2].wait(), None
+
+    def finish(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Round the sums, with the last that have come home, into the share's part of these."""
+        assert self.expected is not None
+        _, runs, arriving = self.expected
+        arrived = self.arrived or arriving.wait()
+        rounded_sum(dq[:, :, self.share.q], self.dq)
+        for out, total, x in zip((dk, dv), self.sums, arrived, strict=True):
+            _settle(out[:, :, self.share.kv], total, runs, x)
+        arriving.done()
 
 
-def _slice(heads: int, i: int, n: int) -> slice:
-    return slice(heads * i // n, heads * (i + 1) // n)
-
-
-class _Homeward:
-    """Gradients of other ranks' keys on their way home, one block behind the computation, added in step order."""
-
-    def __init__(self, lane: Transport, last: int) -> None:
-        self.lane, self.last = lane, last
-        self.finish: Callable[[], None] = lambda: None
-
-    def send(self, number: int, step: Step, share: _Share, part: Pair) -> None:
-        """What step ``number`` has computed goes to its owner; what its reader has for us starts to come in."""
-        self.finish()  # the block before: it has had a block's time
-        what = f"the gradients of step {number} of {self.last} of the backward pass"
-        on_the_wire = self.lane.exchange(part, step.owner, len(step.sent), step.reader, what)
-
-        def finish() -> None:
-            share.add(step.sent, on_the_wire.wait(), last=number == self.last)
-            on_the_wire.done()
-
-        self.finish = finish
-
-
-def _settle(total: Tensor, runs: Runs, x: Tensor, out: Tensor) -> None:
-    """total, with x added to those rows of it, rounded to out: each row in one pass, as 16K tokens of 32 heads are
-    1 GB a pass."""
-    if len(runs) < total.shape[1]:
-        out.copy_(total)
-    at = 0
+def _settle(out: Tensor, total: Tensor, runs: Runs, x: Tensor) -> None:
+    """out = total, with x added to those rows of it: each row once, as 16K tokens of 32 heads are 0.6 GB a pass."""
+    at = done = 0
     for start, stop in runs.edges:
-        torch.add(total[:, start:stop], x[:, at : at + stop - start], out=out[:, start:stop])
-        at += stop - start
+        rounded_sum(out[:, done:start], total[:, done:start])
+        rounded_sum(out[:, start:stop], total[:, start:stop], x[:, at : at + stop - start])
+        at, done = at + stop - start, stop
+    rounded_sum(out[:, done:], total[:, done:])
 
 
 define_sharded(OPERATOR, "str group_name, str transport, float scale, float softcap, str backend", _forward, _backward)

@@ -6,6 +6,7 @@ A new wire is a new class with one verb, `exchange`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,10 +20,11 @@ from ringspan.parallel.watchdog import TransportError, Wait
 
 class Exchange(Protocol):
     def wait(self) -> Pair:
-        """What has come in, good until ``done``. From here on what was sent may be written again."""
+        """What has come in, good until ``done``: each stream that reads it waits here, and one does in any case."""
 
     def done(self) -> None:
-        """What came in has been read, by work that has been issued."""
+        """What came in has been read by work that has been issued, on the streams that have waited. From here on they
+        may write what was sent again."""
 
 
 class Transport(Protocol):
@@ -56,17 +58,23 @@ class _Works:
     def __init__(self, moves: list[dist.P2POp], arriving: Pair, waiting: Wait) -> None:
         self.moves, self.arriving, self.waiting = moves, arriving, waiting  # the moves keep what is being sent alive
         self.works = dist.batch_isend_irecv(moves) if moves else []
+        self.waited = False
 
     def wait(self) -> Pair:
-        if self.works:
-            with self.waiting:
+        cuda = self.arriving[0].is_cuda
+        if self.works and (cuda or not self.waited):  # on a CPU the host itself has waited, and for all
+            with nullcontext() if self.waited else self.waiting:
                 for work in self.works:
                     work.wait()
-        self.moves = []
+        if cuda and self.waited:  # a second stream: the allocator knows of the first
+            for x in self.arriving:
+                x.record_stream(torch.cuda.current_stream(x.device))
+        self.waited = True
         return self.arriving
 
     def done(self) -> None:
         """Nobody waits for the memory: it is this exchange's own."""
+        self.moves = []
 
 
 TRANSPORTS: dict[str, Callable[[dist.ProcessGroup, torch.device, Lane], Transport]] = {

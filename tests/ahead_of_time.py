@@ -18,7 +18,8 @@ from ringspan.kernels.plan import plan
 from ringspan.kernels.spans import Spans
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 
 
 class Launch(NamedTuple):

@@ -59,13 +59,17 @@ class Stream:
 
 
 class ThreadLink:
+    """Two streams compute by turns, ``compute`` is the current one."""
+
     def __init__(self, machine: Machine, rank: int) -> None:
         self.machine, self.rank, self.ranks = machine, rank, machine.ranks
-        self.compute = Stream(machine.seed * 100 + rank, machine.failures)
-        self.lane = self.compute if machine.one_queue else Stream(machine.seed * 100 + 50 + rank, machine.failures)
+        one = Stream(machine.seed * 100 + rank, machine.failures)
+        self.streams = [one if machine.one_queue else Stream(machine.seed * i + rank, machine.failures) for i in (7, 9)]
+        self.compute = self.streams[0]
+        self.lane = one
 
     def allocate(self, nbytes: int) -> None:
-        for stream in (self.compute, self.lane):
+        for stream in (*self.streams, self.lane):
             self._reach(stream)()
         self.machine.meeting.wait(PATIENCE)
         self.machine.buffers[self.rank] = torch.full((nbytes,), 255, dtype=torch.uint8)
@@ -83,8 +87,11 @@ class ThreadLink:
 
         return wait
 
-    def follow(self) -> None:
-        self.lane.tasks.put(self._reach(self.compute))
+    def here(self) -> Stream:
+        return self.compute
+
+    def follow(self, compute: Stream) -> None:
+        self.lane.tasks.put(self._reach(compute))
 
     def tell(self, peer: int, counter: int, value: int) -> None:
         def write() -> None:
@@ -153,6 +160,7 @@ def live(link: ThreadLink, exchanges: int, seed: int, mailbox: Mailbox) -> None:
         before = now
         if pause.random() < 0.2:
             time.sleep(pause.random() * 0.005)
+        link.compute = link.streams[number % 2]
     finish(link, before, pause)
     link.allocate(0)  # all streams have run to their end
     assert machine.ranks == link.ranks
@@ -160,8 +168,16 @@ def live(link: ThreadLink, exchanges: int, seed: int, mailbox: Mailbox) -> None:
 
 def finish(link: ThreadLink, exchange: tuple, pause: random.Random) -> None:
     delivery, sent, expected = exchange
-    arrived = delivery.wait()
-    nap = pause.random() * 0.002
+    before, readers = link.compute, link.streams if pause.random() < 0.5 else [link.compute]
+    for link.compute in readers:
+        arrived = delivery.wait()
+        look_at(link, arrived, expected, pause.random() * 0.002)
+    link.compute.tasks.put(lambda: [one.fill_(-1.0) for one in sent])  # what was sent may be written again
+    delivery.done()
+    link.compute = before
+
+
+def look_at(link: ThreadLink, arrived: tuple[Tensor, ...], expected: float, nap: float) -> None:
 
     def look() -> None:
         for x in arrived:
@@ -171,8 +187,6 @@ def finish(link: ThreadLink, exchange: tuple, pause: random.Random) -> None:
                 link.machine.failures.append(f"rank {link.rank}: {first.flatten()[:3]}, {x.flatten()[:3]}: {expected}")
 
     link.compute.tasks.put(look)
-    link.compute.tasks.put(lambda: [one.fill_(-1.0) for one in sent])  # what was sent may be written again
-    delivery.done()
 
 
 @pytest.mark.parametrize("one_queue", [False, True])

@@ -211,7 +211,7 @@ def of_one_process(case: Case, device: str) -> list[Tensor]:
 def test_errors_are_no_larger_than_one_process_makes(ranks, ring, ulysses):
     """Root mean squares over 18,000 numbers and more, so that 1.05 is more than chance. Of 3 kv heads each is repeated
     for the ulysses ranks, and the gradients of a head's repetitions are on different ranks. In fp32, where nothing is
-    wider than out, each step of a ring rounds it once more: 1.14 was measured on 8 ranks."""
+    wider than out, each step of a ring rounds it once more, and parts are smaller sums: 0.98 to 1.00 was measured."""
     base = Case(Spans.packed([200, 13, 171]), "ring", "zigzag", 12, 3, dim=16)
     cases = [
         replace(base, strategy=strategy, layout=layout, dtype=dtype)
@@ -241,8 +241,7 @@ def require_small_errors(answers: list[list[Answer]], cases: list[Case], ring: i
             for found in (whole(case, [one[number] for one in answers], ring), of_one_process(case, device))
         )
         for name, error, bound in zip(("out", "dq", "dk", "dv"), mine, theirs, strict=True):
-            factor = 1.2 if name == "out" and case.dtype == torch.float32 else 1.05
-            assert error <= factor * bound, f"{name} of {case.strategy}, {case.layout}, {case.dtype}: {error} > {bound}"
+            assert error <= 1.05 * bound, f"{name} of {case.strategy}, {case.layout}, {case.dtype}: {error} > {bound}"
 
 
 def compiled_equals_eager(strategy: str, ring: int, ulysses: int) -> bool:
@@ -332,7 +331,8 @@ def test_short_shards_of_few_heads_are_gathered():
     per_key = 2 * 8 * 128 * 2  # bytes of K and V, 8 heads of 128 in bf16
     assert pick_strategy(1024 * per_key, 2) == "allgather"
     assert pick_strategy(8192 * per_key, 2) == "ring"
-    assert pick_strategy(1024 * 4 * per_key, 8) == "ring"
+    assert pick_strategy(4096 * per_key, 8) == "allgather"
+    assert pick_strategy(16384 * per_key, 8) == "ring"
 
 
 if __name__ == "__main__":

@@ -177,10 +177,10 @@ def lanes_of_a_pass(length: int) -> set[Lane]:
 
 
 def test_buffers_are_two_ranges_of_keys_and_the_travelling_gradients(ranks):
-    """K and V are 2 heads of 8 in fp32; the gradients of one of the heads travel at a time."""
+    """K and V are 2 heads of 8 in fp32; of gradients travel those of one of the heads, and then of the other."""
     for world in (2, 4):
         keys = 64 * 2 * 8 * 4
-        expected = {Lane("keys", min(2, world - 1), keys), Lane("gradients", 1, keys // 2)}
+        expected = {Lane("keys", min(2, world - 1), keys), Lane("gradients", 2, keys // 2)}
         assert ranks(world)(lanes_of_a_pass, 64 * world) == [expected] * world
 
 
