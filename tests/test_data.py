@@ -243,7 +243,7 @@ def test_a_source_of_which_nothing_is_left_says_what_was_first(config, tmp_path)
         ({"shortest": -1}, "data.shortest=-1: must be 0 or more"),
         ({"workers": -1}, "data.workers=-1: must be 0 or more"),
         ({"held_out": 1.0}, "data.held_out=1.0: must be from 0 to below 1"),
-        ({"needles": -0.1}, "data.needles=-0.1: must be from 0 to below 1"),
+        ({"needles": -0.1}, "data.needles=-0.1: must be from 0 to 1"),
         ({"path": "a", "mixture": {"b": 1}}, "data.path='a': give it or data.mixture, not both"),
         ({"mixture": {"a": 1, "b": 0}}, "data.mixture: the share of 'b' is 0; it must be above 0"),
         ({"mixture": {"a": float("nan")}}, "data.mixture: the share of 'a' is nan; it must be above 0"),

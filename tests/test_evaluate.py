@@ -22,7 +22,7 @@ from ringspan.train.loop import train
 from ringspan.train.loss import token_losses
 from ringspan.train.manifest import read_manifest
 from ringspan.train.measured import Measured
-from ringspan.train.needle import NEEDLES
+from ringspan.train.needle import DEPTHS, NEEDLES
 from ringspan.train.packing import IGNORE
 from ringspan.train.phases import Phase, check_phases, phase_at
 from ringspan.train.rows import Text
@@ -98,12 +98,12 @@ def test_what_is_measured_is_of_every_label_once_on_any_mesh(folder, ranks, mesh
         assert measured.bits_per_byte == pytest.approx(measured.loss * per_byte / math.log(2))
         assert list(measured.needles) == ([75, 150, 300] if rows == 3 else [])
         for length, shares in measured.needles.items():
-            needles = text.needles(300, 0, length, shuffled=False)
+            needles = text.needles(300, 0, length)
             hits = np.zeros(NEEDLES)
             for row in range(3):
                 tokens, labels, _ = needles.load(row, np.arange(300))
                 asked = np.flatnonzero(labels != IGNORE)
-                hits[needles.depths] += (labels[asked] + tokens[asked]) % 3 == 0
+                hits[DEPTHS] += (labels[asked] + tokens[asked]) % 3 == 0
             assert shares == pytest.approx(hits / 3)
 
 
@@ -143,6 +143,11 @@ def test_a_run_with_phases_is_measured_and_resumes_anywhere(folder, tmp_path, ra
     assert set(measured[2]["needles_by_depth"]) == {"64", "128"}
     assert all(0 < line["eval/loss"] < 7 for line in measured)
     ElementTree.parse(Path(whole.run_dir, "loss_by_position.svg"))
+    needles = ElementTree.parse(Path(whole.run_dir, "needles.svg"))
+    assert [x.text for x in needles.iter("{http://www.w3.org/2000/svg}text") if x.get("text-anchor") == "end"] == [
+        "64",
+        "128",
+    ]
     last = Path(whole.run_dir, "checkpoints", "step-00000005")
     assert read_manifest(last).saved.rows_seen == 8  # of the last phase, which has begun with its first row
     other = long_job(tmp_path, "other-base", folder)
@@ -196,3 +201,14 @@ def test_a_curve_is_drawn_inside_its_picture(points):
     assert all(picture.LEFT <= x <= picture.WIDTH and 0 <= y <= picture.HEIGHT for x, y in at)
     assert [x for x, _ in at] == sorted(x for x, _ in at)
     assert [y for _, y in at] == sorted((y for _, y in at), reverse=points[0][1] < points[-1][1])
+
+
+def test_a_table_of_shares_is_drawn_field_by_field():
+    drawn = ElementTree.fromstring(picture.heat([[0.0, 0.25, 1.0], [0.5, 0.1, 0.2]], ["a", "b"], ["x", "y", "z"], "<"))
+    fields = [x for x in drawn.iter("{http://www.w3.org/2000/svg}rect") if x.get("stroke")]
+    assert [float(x.get("fill-opacity")) for x in fields] == [0.0, 0.25, 1.0, 0.5, 0.1, 0.2]
+    edges = [(float(x.get("x")), float(x.get("y")), float(x.get("width")), float(x.get("height"))) for x in fields]
+    assert len({(x, y) for x, y, _, _ in edges}) == 6
+    assert all(x + w <= picture.WIDTH and y + h <= picture.HEIGHT for x, y, w, h in edges)
+    said = [x.text for x in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert said == ["<", "a", "0%", "25%", "100%", "b", "50%", "10%", "20%", "x", "y", "z"]

@@ -12,7 +12,7 @@ from test_corpus import WideTokenizer, write
 
 from ringspan.train.corpus import Corpus, Joined
 from ringspan.train.data import DataConfig, prepare
-from ringspan.train.needle import IDS, KEYS, NEEDLES, SHORTEST, VALUES, NeedleRows
+from ringspan.train.needle import DEPTHS, IDS, KEYS, NEEDLES, SHORTEST, SMALLEST, VALUES, NeedleRows
 from ringspan.train.packing import IGNORE, PackedRows
 from ringspan.train.rows import Mixed, Text, hold_out, packing_facts
 from ringspan.train.step import Batches
@@ -173,40 +173,66 @@ def test_sources_of_two_tokenizers_are_refused(folder, tmp_path):
 HAY = Joined([np.arange(1, 500, dtype=np.uint16)])
 
 
-@pytest.mark.parametrize(("seq_len", "length"), [(SHORTEST, None), (1000, None), (999, 77), (100, SHORTEST)])
-@pytest.mark.parametrize("shuffled", [True, False])
-def test_a_needle_is_where_its_question_says(seq_len, length, shuffled):
-    rows = NeedleRows(HAY, 1000, seq_len, seed=3, length=length, shuffled=shuffled)
-    depths = []
+def check_document(tokens: np.ndarray, labels: np.ndarray) -> list[int]:
+    """Of one document: each question has the needle's answer. Returns the depth of the needle each asks for."""
+    n = min(NEEDLES, len(tokens) // 4)
+    asked = np.flatnonzero(labels != IGNORE)
+    assert asked.tolist() == list(range(len(tokens) - 2 * n, len(tokens), 2))
+    hay, depths = tokens[: len(tokens) - 2 * n], []
+    for question in asked:
+        key, value = tokens[question] - 1000, tokens[question + 1] - 1000 - KEYS
+        assert 0 <= key < KEYS
+        assert 0 <= value < VALUES
+        assert labels[question] == tokens[question + 1]
+        (place,) = np.flatnonzero(hay == 1000 + KEYS + VALUES + VALUES * key + value)
+        depths.append(int(np.searchsorted(np.arange(n) * len(hay) // n, place, side="right")) - 1)
+    assert sorted(depths) == list(range(n))  # one in each eighth
+    assert (hay < 1000).sum() == len(hay) - n
+    return depths
+
+
+@pytest.mark.parametrize(("seq_len", "length"), [(1000, 1000), (999, 77), (100, SHORTEST)])
+def test_a_needle_to_measure_is_where_its_question_says(seq_len, length):
+    rows = NeedleRows(HAY, 1000, seq_len, seed=3, length=length)
     for row in rows.order(5, 50):
         tokens, labels, positions = rows.load(row, np.arange(seq_len))
-        end = rows.length
-        assert sum(rows.lengths(row)) == seq_len
-        assert positions.tolist() == [*range(end), *range(seq_len - end)]
-        asked = np.flatnonzero(labels != IGNORE)
-        assert asked.tolist() == list(range(end - 2 * NEEDLES, end, 2))
-        assert (tokens[end:] == 0).all()
-        hay = tokens[: end - 2 * NEEDLES]
-        for question in asked:
-            (place,) = np.flatnonzero(hay == tokens[question])
-            assert 1000 <= tokens[question] < 1000 + KEYS
-            assert hay[place + 1] == tokens[question + 1] == labels[question]
-            assert 1000 + KEYS <= labels[question] < 1000 + KEYS + VALUES
-            depths.append(np.searchsorted(np.arange(NEEDLES) * len(hay) // NEEDLES, place, side="right") - 1)
-        assert sorted(depths[-NEEDLES:]) == list(range(NEEDLES))  # one in each eighth
-        text = hay[hay < 1000]
-        assert len(text) == len(hay) - 2 * NEEDLES
-    if not shuffled:
-        assert depths == rows.depths.tolist() * 50
-    else:
-        assert depths[:NEEDLES] != depths[NEEDLES : 2 * NEEDLES]
-    again = NeedleRows(HAY, 1000, seq_len, seed=3, length=length, shuffled=shuffled)
+        assert rows.lengths(row) == [x for x in (length, seq_len - length) if x]
+        assert positions.tolist() == [*range(length), *range(seq_len - length)]
+        assert check_document(tokens[:length], labels[:length]) == DEPTHS.tolist()
+        assert (tokens[length:] == 0).all()
+        assert (labels[length:] == IGNORE).all()
+
+
+@pytest.mark.parametrize("seq_len", [SHORTEST, 256, 999])
+def test_a_row_to_train_on_has_documents_of_one_size_each_with_its_needles(seq_len):
+    rows, sizes, orders = NeedleRows(HAY, 1000, seq_len, seed=3), Counter(), Counter()
+    for row in rows.order(5, 60):
+        tokens, labels, positions = rows.load(row, np.arange(seq_len))
+        lengths = rows.lengths(row)
+        size = lengths[0]
+        assert sum(lengths) == seq_len
+        assert set(lengths[:-1]) <= {size}
+        assert lengths[-1] <= size
+        for start, n in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False):
+            assert positions[start : start + n].tolist() == list(range(n))
+            document = slice(start, start + n)
+            if n == size:
+                orders[tuple(check_document(tokens[document], labels[document]))] += 1
+            else:
+                assert not tokens[document].any()
+                assert (labels[document] == IGNORE).all()
+        sizes[size] += 1
+    assert sorted(sizes) == sorted(seq_len >> k for k in range((seq_len // SMALLEST).bit_length()))
+    assert max(sizes.values()) <= 3 * 60 / len(sizes)
+    assert len({order for order in orders if len(order) == NEEDLES}) > 30
+    again = NeedleRows(HAY, 1000, seq_len, seed=3)
     assert np.array_equal(again.load(9, np.arange(seq_len)), rows.load(9, np.arange(seq_len)))
     assert not np.array_equal(again.load(9, np.arange(seq_len)), rows.load(10, np.arange(seq_len)))
 
 
-def test_any_positions_of_a_needle_row_load_as_in_the_whole_row():
-    rows = NeedleRows(HAY, 1000, 300, seed=0, length=200)
+@pytest.mark.parametrize("length", [None, 200])
+def test_any_positions_of_a_needle_row_load_as_in_the_whole_row(length):
+    rows = NeedleRows(HAY, 1000, 300, seed=0, length=length)
     rng = np.random.default_rng(0)
     for row in range(20):
         positions = np.concatenate([rng.integers(-1, 300, 100), [-1, -1], np.arange(150, 230), [-1]])
@@ -219,6 +245,14 @@ def test_any_positions_of_a_needle_row_load_as_in_the_whole_row():
 def test_a_row_too_short_for_needles_is_refused():
     with pytest.raises(ValueError, match=rf"seq_len={SHORTEST - 1}: rows with needles \(data\.needles\) have"):
         NeedleRows(HAY, 1000, SHORTEST - 1, seed=0)
+
+
+def test_needles_alone(folder):
+    text = text_of(folder, needles=1.0)
+    rows = text.rows(64, 0)
+    assert isinstance(rows, NeedleRows)
+    assert text.unigram_entropy == np.log(VALUES)
+    assert packing_facts(rows) == {}
 
 
 def test_corpora_are_opened_by_every_rank(folder):

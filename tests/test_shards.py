@@ -161,6 +161,7 @@ from ringspan.train.documents import find_source
 from ringspan.train.reading import Columns, Skipped
 from ringspan.train.tokenizer import load_tokenizer
 
+assert __name__ == "__main__", "a process that tokenises has imported the script, and all that it needs"
 shards.UNIT_CHARACTERS, shards.SHARD_TOKENS = 20_000, 30_000
 if __name__ == "__main__":
     folder, tokenizer, text = sys.argv[1:]

@@ -7,10 +7,18 @@ import sys
 
 import numpy as np
 import pytest
+import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ringspan.train.tokenizer import END_OF_DOCUMENT, load_tokenizer, tokenizer_fingerprint, train_bpe
+from ringspan.train.tokenizer import (
+    CL100K_WORDS,
+    END_OF_DOCUMENT,
+    KNOWN_RANKS,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_bpe,
+)
 
 TEXTS = ["hello world", "", "naïve 東京 \r\n\t x", "hello"]
 
@@ -87,7 +95,9 @@ def test_a_trained_bpe_round_trips_and_keeps_its_end_for_documents(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def tiktoken_file(path, tokens=(b"he", b"ll", b"hell", b" w")):
+def tiktoken_file(path, tokens=(b"he", b"ll", b"hell", b" w"), words=CL100K_WORDS):
+    if words is not None:
+        path.with_suffix(".words").write_text(words + "\n")
     every = [*(bytes([byte]) for byte in range(256)), *tokens]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(every)))
     return str(path)
@@ -101,6 +111,63 @@ def test_a_tiktoken_file_merges_by_rank(tmp_path):
     assert ids.tolist() == [258, ord("o"), 259, *b"orld"]
     every = [*(bytes([byte]) for byte in range(256)), b"he", b"ll", b"hell", b" w"]
     assert [b"".join(every[i] for i in ids).decode() for ids in tokenizer.encode(TEXTS)] == TEXTS
+
+
+KNOWN_NAMES = {50_256: "r50k_base", 50_280: "p50k_base", 100_256: "cl100k_base", 199_998: "o200k_base"}
+
+
+@pytest.mark.parametrize("size", KNOWN_NAMES)
+def test_words_end_where_the_library_ends_them(monkeypatch, size):
+    library = pytest.importorskip("tiktoken_ext.openai_public")
+    monkeypatch.setattr(library, "load_tiktoken_bpe", lambda *_, **__: {})
+    theirs, ours = getattr(library, KNOWN_NAMES[size])(), KNOWN_RANKS[size]
+    assert ours.end_of_document == theirs["special_tokens"]["<|endoftext|>"]
+    rng = np.random.default_rng(size)
+    words = ["'s", "'LL", "'", "Don", "ABc", "éÉ", "東京", "1", "2345", "٣", "//", "+="]
+    parts = [*words, " ", "  ", "\n", "\r\n", "\t", "\u0301"]
+    for _ in range(300):
+        text = "".join(rng.choice(parts, rng.integers(1, 12)))
+        expected = regex.findall(theirs["pat_str"], text)
+        assert regex.findall(ours.words, text) == expected
+        assert "".join(expected) == text
+
+
+def test_a_known_vocabulary_is_split_by_its_own_words(tmp_path, monkeypatch):
+    """Digits all together, by threes or one by one; contractions as words: four vocabularies, made small here."""
+    pytest.importorskip("tiktoken")
+    merges, found = [b"12", b"123", b"1234", b"./", b"'s", b"a's"], {}
+    for more, size in enumerate((50_256, 100_256, 151_643, 199_998)):
+        tokens = [*merges, *[b"\xff" * (n + 2) for n in range(more)]]
+        known = KNOWN_RANKS[size]._replace(end_of_document=300)
+        monkeypatch.setitem(KNOWN_RANKS, 256 + len(tokens), known)
+        tokenizer = load_tokenizer(tiktoken_file(tmp_path / f"{size}.tiktoken", tokens, words=None))
+        (ids,) = tokenizer.encode(["1234./a's"])
+        found[size] = [merges[i - 256].decode() if i >= 256 else chr(i) for i in ids]
+        assert (tokenizer.end_of_document, tokenizer.vocab_size) == (300, 301)
+    assert found == {
+        50_256: ["1234", "./", "a", "'s"],
+        100_256: ["123", "4", "./", "a", "'s"],
+        151_643: ["1", "2", "3", "4", "./", "a", "'s"],
+        199_998: ["123", "4", "./", "a's"],
+    }
+
+
+def test_a_vocabulary_that_nobody_knows_needs_its_words(tmp_path):
+    pytest.importorskip("tiktoken")
+    file = tiktoken_file(tmp_path / "a.tiktoken", words=None)
+    with pytest.raises(ValueError, match=r"has 260 tokens, and no such file is known: .* into .*a\.words$"):
+        load_tokenizer(file)
+    before = tokenizer_fingerprint(file)
+    ids = []
+    for words in (r"hel|\S|\s", r"\S+|\s"):
+        (tmp_path / "a.words").write_text(words)
+        ids.append(load_tokenizer(file).encode(["hello"])[0].tolist())
+        assert tokenizer_fingerprint(file) not in {before, ""}
+        before = tokenizer_fingerprint(file)
+    assert ids == [[256, ord("l"), *b"lo"], [258, ord("o")]]
+    (tmp_path / "a.words").write_text("(")
+    with pytest.raises(ValueError, match=r"a\.words is no regular expression: "):
+        load_tokenizer(file)
 
 
 def test_a_sentencepiece_model_is_used(tmp_path):

@@ -50,7 +50,7 @@ class DataConfig:
     overlap: int = 0  # tokens that a split document's next part begins with again, as context alone
     shortest: int = 0  # tokens; shorter documents are left out
     held_out: float = 0.0  # of the tokens, in whole documents, which are never trained on
-    needles: float = 0.0  # of the rows, that are a synthetic retrieval task
+    needles: float = 0.0  # of the rows, that are a synthetic retrieval task; 1: all
     workers: int = 0  # processes that tokenise; 0: one on each core
     cache: str | None = None  # folder for tokenised text; null: ringspan in the user's cache folder
 
@@ -58,9 +58,10 @@ class DataConfig:
         for name in ("overlap", "shortest", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be 0 or more")
-        for name in ("held_out", "needles"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be from 0 to below 1")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out={self.held_out}: must be from 0 to below 1")
+        if not 0 <= self.needles <= 1:
+            raise ValueError(f"data.needles={self.needles}: must be from 0 to 1")
         if self.mixture and self.path is not None:
             raise ValueError(f"data.path={self.path!r}: give it or data.mixture, not both")
         if bad := next((name for name, share in self.mixture.items() if not share > 0), None):

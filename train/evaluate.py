@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.train.measured import Measured
-from ringspan.train.needle import NEEDLES, SHORTEST, NeedleRows
+from ringspan.train.needle import DEPTHS, NEEDLES, SHORTEST
 from ringspan.train.packing import IGNORE, Rows
 from ringspan.train.rows import Text
 from ringspan.train.step import Batches, MicroBatch
 
 BLANK = -1  # the row that has nothing but padding
-LENGTHS = (4, 2, 1)  # needles are looked for in rows of seq_len over these
+LENGTHS = (16, 8, 4, 2, 1)  # needles are looked for in rows of seq_len over these
 
 # (loss, whether the likeliest token is the label) of each label of a micro-batch, both (B, S)
 TokenLosses = Callable[[MicroBatch], tuple[Tensor, Tensor]]
@@ -81,8 +81,7 @@ class Evaluation:
         self.held_out = None if held_out is None else batches(held_out)
         wanted = LENGTHS if config.every and text.config.needles else ()
         lengths = [seq_len // part for part in wanted if seq_len // part >= SHORTEST]
-        needles = [text.needles(seq_len, 0, length, shuffled=False) for length in lengths]
-        self.needles = [(rows, batches(rows)) for rows in needles]
+        self.needles = [(length, batches(text.needles(seq_len, 0, length))) for length in lengths]
         starts = sorted({start for k in range(64) for start in (2**k, 3 * 2**k // 2) if start < seq_len})
         self.starts = torch.tensor([0, *starts], device=device)  # of the ranges that positions are counted in
 
@@ -98,17 +97,17 @@ class Evaluation:
                 measured.bits_per_byte = measured.loss * tokens_per_byte / math.log(2)
             each = zip(self.starts.tolist(), sums, counts, strict=True)
             measured.by_position = [(start, total / n) for start, total, n in each if n]
-        measured.needles = {rows.length: self._found(rows, batches, token_losses) for rows, batches in self.needles}
+        measured.needles = {length: self._found(length, rows, token_losses) for length, rows in self.needles}
         return measured
 
-    def _found(self, rows: NeedleRows, batches: Batches, token_losses: TokenLosses) -> list[float]:
+    def _found(self, length: int, batches: Batches, token_losses: TokenLosses) -> list[float]:
         """Share of the needles at each depth that are found."""
         counts = torch.zeros(2, NEEDLES, dtype=torch.float64, device=self.device)  # found, asked for
-        depths = torch.from_numpy(rows.depths).to(self.device)
+        depths = torch.from_numpy(DEPTHS).to(self.device)
         for mb in micro_batches(batches):
             _, hits = token_losses(mb)
             labelled = mb.labels != IGNORE
-            depth = depths[(mb.positions[labelled] - rows.text) // 2]
+            depth = depths[(mb.positions[labelled] - (length - 2 * NEEDLES)) // 2]
             counts[0].index_add_(0, depth, hits[labelled].double())
             counts[1].index_add_(0, depth, torch.ones_like(depth, dtype=torch.float64))
         found, asked = summed(counts)

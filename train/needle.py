@@ -1,41 +1,57 @@
-"""A synthetic retrieval task: pairs of a key and a value are hidden in text, and asked for at its end.
+"""A synthetic retrieval task: needles, each a key and its value, are hidden in text, and asked for at its end.
 
-Only a model that attends to where the pair is can answer; a guess is right once in VALUES. Keys and values are ids of
-their own behind the vocabulary, so that text never has them and any tokenizer will do.
+Only a model that attends to where a needle is can answer; a guess is right once in VALUES. All ids are behind the
+vocabulary, so that text never has them and any tokenizer will do.
 
-    text text KEY VALUE text ... text KEY' VALUE' text   KEY' VALUE' KEY VALUE
-                                                         ^ the label here is VALUE', and only at keys there are labels
+    text text KEY=VALUE text text text ... text KEY'=VALUE' text   KEY' VALUE' KEY VALUE
+                                                                   ^ the label here is VALUE'; only keys have labels
+
+A row to train on holds documents like this of one size, drawn for each row: its whole length, a half of it, and so on
+to SMALLEST tokens. What is learned in short ones, where a needle is one of a few tokens, is then asked for from ever
+further away, and a row has hundreds of questions. A needle is one token for the same reason: with a token for the key
+and one for the value, two layers of attention have to work together before either has a gradient, and models of a
+million parameters stayed at guessing for as long as was tried.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
 from ringspan.train.corpus import Joined
 from ringspan.train.packing import IGNORE, parts
 
-KEYS, VALUES = 32, 32
-IDS = KEYS + VALUES
-NEEDLES = 8  # of a row, one in each eighth of the text
-SHORTEST = 8 * NEEDLES  # tokens: room for the needles, the questions and some text
+KEYS, VALUES = 8, 8
+IDS = KEYS + VALUES + KEYS * VALUES  # keys that ask, values that answer, and needles, in this order
+NEEDLES = 8  # of a document, one in each eighth of the text; fewer where it has not 4 tokens for each
+SMALLEST = 8  # tokens: two needles, and a question for each
+SHORTEST = 8 * NEEDLES  # tokens of a row: room for all needles, the questions and some text
+DEPTHS = np.random.default_rng(0).permutation(NEEDLES)  # the needle that question k of an evaluation asks for
+
+
+class Drawn(NamedTuple):
+    """What a row has besides text, all int64 (n,)."""
+
+    where: np.ndarray  # positions
+    ids: np.ndarray  # what is there, from 0 on
+    labels: np.ndarray  # ids, and IGNORE but at the keys that ask
 
 
 class NeedleRows:
     """Endless rows, each drawn from (seed, row) alone.
 
-    tokens: what the text is taken from;  first_id: keys are the KEYS ids from it on, values the VALUES behind those
-    length: tokens of a row that are not padding, None for all
-    shuffled: questions come in an order of each row's own, not in the order `depths`
+    tokens: what the text is taken from;  first_id: of the IDS that needles have
+    length: None to train on; else each row is one document of so many tokens, then padding, and question k asks for
+        the needle of depth DEPTHS[k], 0 the first
     """
 
-    def __init__(
-        self, tokens: Joined, first_id: int, seq_len: int, seed: int, length: int | None = None, shuffled: bool = True
-    ):
+    def __init__(self, tokens: Joined, first_id: int, seq_len: int, seed: int, length: int | None = None):
         """Raises ValueError where a row is too short."""
-        self.seq_len, self.length = seq_len, seq_len if length is None else length
-        if not SHORTEST <= self.length <= seq_len:
-            raise ValueError(f"seq_len={self.length}: rows with needles (data.needles) have {SHORTEST} tokens or more")
-        self._tokens, self._first_id, self._seed, self._shuffled = tokens, first_id, seed, shuffled
-        self.text = self.length - 2 * NEEDLES  # tokens before the questions
-        self.depths = np.random.default_rng(0).permutation(NEEDLES)  # which needle question k asks for, 0 the first
+        self.seq_len, self.length = seq_len, length
+        if not SHORTEST <= (length or seq_len) <= seq_len:
+            raise ValueError(
+                f"seq_len={length or seq_len}: rows with needles (data.needles) have {SHORTEST} tokens or more"
+            )
+        self._tokens, self._first_id, self._seed = tokens, first_id, seed
 
     def __len__(self) -> int:
         return 1 << 40  # one never comes again
@@ -44,38 +60,52 @@ class NeedleRows:
         return list(range(rows_seen, rows_seen + n))
 
     def lengths(self, row: int) -> list[int]:
-        return [self.length, self.seq_len - self.length] if self.length < self.seq_len else [self.length]
+        size, count, _ = self._begin(row)
+        left = self.seq_len - size * count
+        return [size] * count + [left] * (left > 0)
 
     def load(self, row: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([self._seed, row])
-        offset = int(rng.integers(max(1, len(self._tokens) - self.text)))
-        keys = self._first_id + rng.permutation(KEYS)[:NEEDLES]
-        values = self._first_id + KEYS + rng.integers(VALUES, size=NEEDLES)
-        eighths = np.linspace(0, self.text, NEEDLES + 1).astype(np.int64)
-        places = rng.integers(eighths[:-1], eighths[1:] - 1)  # of keys; the value is behind it, in the same eighth
-        asked = rng.permutation(NEEDLES) if self._shuffled else self.depths
-        tokens, within = np.zeros(len(positions), np.int64), np.zeros(len(positions), np.int64)
-        for at, begin, stop, piece in parts(positions, [0, self.text, self.length, self.seq_len]):
-            here = slice(at, at + stop - begin)
-            within[here] = np.arange(begin, stop) - (self.length if piece == 2 else 0)
+        size, count, rng = self._begin(row)
+        offset = int(rng.integers(max(1, len(self._tokens) - self.seq_len)))
+        drawn, end = self._draw(rng, size, count), size * count
+        tokens, labels = np.zeros(len(positions), np.int64), np.full(len(positions), IGNORE, np.int64)
+        for at, begin, stop, piece in parts(positions, [0, end, self.seq_len]):
             if piece == 0:
-                tokens[here] = self._text(offset + begin, stop - begin)
-        questions = self.text + 2 * np.arange(NEEDLES)
-        where = np.concatenate([places, places + 1, questions, questions + 1])
-        _put(tokens, positions, where, np.concatenate([keys, values, keys[asked], values[asked]]))
-        labels = np.full(len(positions), IGNORE, np.int64)
-        _put(labels, positions, questions, values[asked])
-        return tokens, labels, within
+                tokens[at : at + stop - begin] = self._text(offset + begin, stop - begin)
+        order = np.argsort(drawn.where)
+        nearest = order[np.minimum(np.searchsorted(drawn.where, positions, sorter=order), len(order) - 1)]
+        hit = drawn.where[nearest] == positions
+        tokens[hit] = self._first_id + drawn.ids[nearest[hit]]
+        asks = hit & (drawn.labels[nearest] != IGNORE)
+        labels[asks] = self._first_id + drawn.labels[nearest[asks]]
+        within = np.where(positions < end, positions % size, positions - end)
+        return tokens, labels, np.where(positions < 0, 0, within)
+
+    def _begin(self, row: int) -> tuple[int, int, np.random.Generator]:
+        """(tokens of a document, how many there are, what draws the rest of the row)."""
+        rng = np.random.default_rng([self._seed, row])
+        if self.length:
+            return self.length, 1, rng
+        size = self.seq_len >> int(rng.integers((self.seq_len // SMALLEST).bit_length()))
+        return size, self.seq_len // size, rng
+
+    def _draw(self, rng: np.random.Generator, size: int, count: int) -> Drawn:
+        n = min(NEEDLES, size // 4)
+        text = size - 2 * n  # tokens before the questions
+        starts = size * np.arange(count)[:, None]
+        edges = np.linspace(0, text, n + 1).astype(np.int64)
+        places = starts + rng.integers(edges[:-1], edges[1:], size=(count, n))  # each in its eighth
+        keys = rng.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, :n]
+        values = rng.integers(VALUES, size=(count, n))
+        needles = KEYS + VALUES + VALUES * keys + values
+        order = np.tile(DEPTHS if self.length else np.arange(n), (count, 1))
+        asked = order if self.length else rng.permuted(order, axis=1)
+        keys, answers = np.take_along_axis(keys, asked, 1), KEYS + np.take_along_axis(values, asked, 1)
+        questions, none = starts + text + 2 * np.arange(n), np.full_like(keys, IGNORE)
+        each = [[places, questions, questions + 1], [needles, keys, answers], [none, answers, none]]
+        return Drawn(*(np.concatenate([part.ravel() for part in parts_]) for parts_ in each))
 
     def _text(self, start: int, n: int) -> np.ndarray:
         """n tokens from start on; a text that is too short is repeated."""
         found = self._tokens[start : start + n]
         return found if len(found) == n else np.resize(self._tokens[:], start + n)[start:]
-
-
-def _put(into: np.ndarray, positions: np.ndarray, where: np.ndarray, what: np.ndarray) -> None:
-    """into[i] = what[j] where positions[i] = where[j]; `where` has nothing twice."""
-    order = np.argsort(where)
-    nearest = np.minimum(np.searchsorted(where[order], positions), len(where) - 1)
-    hit = where[order][nearest] == positions
-    into[hit] = what[order][nearest[hit]]

@@ -1,4 +1,4 @@
-"""A curve as an SVG picture, which any browser shows: no package is needed to draw it."""
+"""A curve or a table of shares as an SVG picture, which any browser shows: no package is needed to draw it."""
 
 import math
 from collections.abc import Sequence
@@ -30,11 +30,32 @@ def curve(points: Sequence[tuple[float, float]], title: str, x_name: str, y_name
         marks.append(
             f'<path d="M{LEFT} {b:.1f}H{WIDTH - 20}" stroke="#ddd"/>' + _text(LEFT - 6, b + 4, f"{y:.2f}", "end")
         )
+    drawn = f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="2"/>'
+    names = f"{_text(LEFT, 24, title)}{_text(WIDTH / 2, HEIGHT - 8, x_name, 'middle')}{_text(6, 36, y_name)}"
+    return _page("".join(marks) + drawn + names)
+
+
+def heat(table: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str) -> str:
+    """Shares from 0, white, to 1, blue, each written into its field."""
+    width, height = (WIDTH - LEFT - 20) / len(columns), (HEIGHT - BOTTOM - 40) / len(rows)
+    drawn = [_text(LEFT, 24, title)]
+    for y, (name, shares) in enumerate(zip(rows, table, strict=True)):
+        top = 40 + y * height
+        drawn.append(_text(LEFT - 6, top + height / 2 + 4, name, "end"))
+        for x, share in enumerate(shares):
+            a = LEFT + x * width
+            field = f'x="{a:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
+            drawn.append(f'<rect {field} fill="#06c" fill-opacity="{share:.3f}" stroke="#ddd"/>')
+            drawn.append(_text(a + width / 2, top + height / 2 + 4, f"{share:.0%}", "middle"))
+    for x, name in enumerate(columns):
+        drawn.append(_text(LEFT + (x + 0.5) * width, HEIGHT - BOTTOM + 16, name, "middle"))
+    return _page("".join(drawn))
+
+
+def _page(drawn: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
-        f'font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(marks)}'
-        f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="2"/>'
-        f"{_text(LEFT, 24, title)}{_text(WIDTH / 2, HEIGHT - 8, x_name, 'middle')}{_text(6, 36, y_name)}</svg>\n"
+        f'font-size="12"><rect width="100%" height="100%" fill="white"/>{drawn}</svg>\n'
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ringspan.train.corpus import Corpus
 from ringspan.train.data import DataConfig
-from ringspan.train.needle import IDS, NeedleRows
+from ringspan.train.needle import IDS, VALUES, NeedleRows
 from ringspan.train.packing import PackedRows, Rows
 
 HELD_OUT_NEAR = 0.95  # of the share that is asked for is near enough to stop looking for documents that fit
@@ -92,17 +92,23 @@ class Text:
 
     @property
     def unigram_entropy(self) -> float:
-        """Nats a token; of a mixture the mean, which a model reaches that also knows which source it reads."""
+        """Nats a token; of a mixture the mean, which a model reaches that also knows which source it reads.
+
+        Of needles alone it is that of their answers, which are drawn from VALUES.
+        """
+        if self.config.needles == 1:
+            return math.log(VALUES)
         values = [corpus.unigram_entropy for corpus in self.corpora]
         return float(np.average(values, weights=self.shares))
 
     def rows(self, seq_len: int, seed: int) -> Rows:
         """To train on. Raises ValueError where no document is left."""
+        share = self.config.needles
+        if share == 1:
+            return self.needles(seq_len, seed)
         sources = self._packed(seq_len, seed, held_out=False)
         rows = sources[0] if len(sources) == 1 else Mixed(sources, self.shares)
-        if not self.config.needles:
-            return rows
-        return Mixed([rows, self.needles(seq_len, seed)], [1 - self.config.needles, self.config.needles])
+        return Mixed([rows, self.needles(seq_len, seed)], [1 - share, share]) if share else rows
 
     def held_out(self, seq_len: int) -> Rows | None:
         """The same rows whatever the seed; None where nothing is held out."""
@@ -111,9 +117,9 @@ class Text:
         sources = self._packed(seq_len, 0, held_out=True)
         return sources[0] if len(sources) == 1 else Mixed(sources, self.shares)
 
-    def needles(self, seq_len: int, seed: int, length: int | None = None, shuffled: bool = True) -> NeedleRows:
+    def needles(self, seq_len: int, seed: int, length: int | None = None) -> NeedleRows:
         first = self.corpora[0]
-        return NeedleRows(first.tokens, first.vocab_size, seq_len, seed, length, shuffled)
+        return NeedleRows(first.tokens, first.vocab_size, seq_len, seed, length)
 
     def tokens_per_byte(self) -> float | None:
         """Of what is held out; None where some of it came as token ids, and nobody knows its bytes."""
@@ -152,6 +158,8 @@ def packed_in(rows: Rows) -> Iterator[PackedRows]:
 
 def packing_facts(rows: Rows) -> dict[str, float]:
     """What packing wastes: shares of all positions, and counts; to be logged once."""
+    if not list(packed_in(rows)):
+        return {}  # needles alone
     all_waste = [one.waste for one in packed_in(rows)]
     positions = [len(one) * one.seq_len for one in packed_in(rows)]
     return {

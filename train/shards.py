@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +30,7 @@ from ringspan.train.corpus import Shard
 from ringspan.train.reading import Segment
 from ringspan.train.tokenizer import Tokenizer
 
-UNIT_CHARACTERS = 1 << 22  # of text, tokenised by one process at once: about a second of it
+UNIT_CHARACTERS = 1 << 20  # of text, tokenised by one process at once: less than a second, so that all end together
 SHARD_TOKENS = 1 << 24  # what a kill may cost, and what is opened at once; a shard ends with the unit that reaches it
 UNITS_AHEAD = 2  # for each process: enough that none waits, and memory stays bounded
 TOKEN_CHARACTERS = 4  # what a token counts as where documents are token ids already
@@ -197,7 +199,8 @@ def _in_order(pool: ProcessPoolExecutor, todo: Iterable[list[Segment]], ahead: i
     coming: deque[Future[Unit]] = deque()
     try:
         for unit in todo:
-            coming.append(pool.submit(_tokenise_here, unit))
+            with script_hidden():  # a process may be started here
+                coming.append(pool.submit(_tokenise_here, unit))
             if len(coming) >= ahead:
                 yield coming.popleft().result()
         while coming:
@@ -206,6 +209,17 @@ def _in_order(pool: ProcessPoolExecutor, todo: Iterable[list[Segment]], ahead: i
         raise ValueError(
             "a process that tokenises died, for want of memory perhaps: give data.workers a lower number"
         ) from error
+
+
+@contextmanager
+def script_hidden() -> Iterator[None]:
+    """Processes that are started here do not import the script that runs, for which torch and Hydra take seconds."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 _tokenizer: list[Tokenizer] = []  # of this process, if it is one of a pool: an initializer has no other way to give

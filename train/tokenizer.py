@@ -5,10 +5,10 @@ import binascii
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
@@ -27,12 +27,38 @@ END_OF_DOCUMENT = (
     "<EOS>",
 )
 
-# A .tiktoken file has ranks alone; where words end is not in it. Contractions, words with the one character before
-# them, up to three digits, runs of signs, line ends, spaces: what those that are distributed as such files share.
-TIKTOKEN_WORDS = (
-    r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# A .tiktoken file has ranks alone: where words end, and which id ends a document, is known by how many they are.
+# Contractions, words with a character before them, numbers, runs of signs, line ends, spaces.
+_SHORT, _SPACES = r"(?i:'(?:[sdmt]|ll|ve|re))", r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_SIGNS = r" ?[^\s\p{L}\p{N}]+"
+GPT2_WORDS = rf"'(?:[sdmt]|ll|ve|re)| ?\p{{L}}+| ?\p{{N}}+|{_SIGNS}|\s+(?!\S)|\s+"
+LLAMA3_WORDS = rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_SIGNS}[\r\n]*|{_SPACES}"
+CL100K_WORDS = LLAMA3_WORDS.replace(_SPACES, rf"\s+$|{_SPACES}")  # white space that ends a text is one word
+QWEN_WORDS = LLAMA3_WORDS.replace("{1,3}", "")  # a digit a word
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}?|"
+    rf"\p{{N}}{{1,3}}|{_SIGNS}[\r\n/]*|{_SPACES}"
 )
+WORDS = ".words"  # suffix of the file beside a .tiktoken of another size
 WAY_OUT = "give 'bytes' or the path of a tokenizer.json, a .tiktoken or a SentencePiece .model file"
+
+
+class Ranks(NamedTuple):
+    """What is known of the .tiktoken files that have so many tokens."""
+
+    words: str  # a regular expression that matches them one after the other
+    end_of_document: int
+
+
+KNOWN_RANKS = {
+    50_256: Ranks(GPT2_WORDS, 50_256),  # gpt2, r50k_base
+    50_280: Ranks(GPT2_WORDS, 50_256),  # p50k_base, whose ranks leave that id out
+    100_256: Ranks(CL100K_WORDS, 100_257),  # cl100k_base
+    128_000: Ranks(LLAMA3_WORDS, 128_001),  # Llama 3, whose id 128,000 begins a document
+    151_643: Ranks(QWEN_WORDS, 151_643),  # Qwen
+    199_998: Ranks(O200K_WORDS, 199_999),  # o200k_base
+}
 
 
 class Tokenizer(Protocol):
@@ -45,6 +71,10 @@ class Tokenizer(Protocol):
         """Ids of each text, of any unsigned integer dtype."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Their text; an id that stands for none, or a character that is not whole, is left out or U+FFFD."""
+        ...
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8, 256 ends a document."""
@@ -54,6 +84,9 @@ class ByteTokenizer:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < self.end_of_document).decode(errors="replace")
 
 
 class JsonTokenizer:
@@ -79,9 +112,16 @@ class JsonTokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids))
+
 
 class TiktokenTokenizer:
-    """A .tiktoken file, a base64 token and its rank on each line; the id behind the last one ends a document."""
+    """A .tiktoken file, a base64 token and its rank on each line, of a size in KNOWN_RANKS.
+
+    Of another size, the regular expression of its words is read from a file beside it, NAME.words, and the id behind
+    the last rank ends a document.
+    """
 
     def __init__(self, file: str, content: bytes):
         """Raises ValueError where the package `tiktoken` is not installed, or `content` is no such file."""
@@ -93,14 +133,30 @@ class TiktokenTokenizer:
             raise ValueError(f"data.tokenizer={file!r} is not a .tiktoken file: {error}") from error
         if not {bytes([byte]) for byte in range(256)} <= ranks.keys():
             raise ValueError(f"data.tokenizer={file!r} is not a .tiktoken file: it has not a token for every byte")
-        self.end_of_document = max(ranks.values()) + 1
-        self.vocab_size = self.end_of_document + 1
-        self._encoding = package.Encoding(
-            Path(file).stem, pat_str=TIKTOKEN_WORDS, mergeable_ranks=ranks, special_tokens={}
-        )
+        words, known = _words_beside(file), KNOWN_RANKS.get(len(ranks))
+        if words is None and known is None:
+            raise ValueError(
+                f"data.tokenizer={file!r} has {len(ranks):,} tokens, and no such file is known: where its words end is "
+                f"not in it; write the regular expression that splits them into {Path(file).with_suffix(WORDS)}"
+            )
+        last = max(ranks.values())
+        known = known if words is None else Ranks(words, last + 1)
+        assert known is not None
+        self.end_of_document = known.end_of_document
+        self.vocab_size = max(last, self.end_of_document) + 1
+        self._words = frozenset(ranks.values())
+        try:
+            self._encoding = package.Encoding(
+                Path(file).stem, pat_str=known.words, mergeable_ranks=ranks, special_tokens={}
+            )
+        except ValueError as error:
+            raise ValueError(f"{Path(file).with_suffix(WORDS)} is no regular expression: {_line(error)}") from error
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(self._encoding.encode_ordinary(text), dtype=np.uint32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._encoding.decode([i for i in ids if i in self._words])
 
 
 class SentencePieceTokenizer:
@@ -123,6 +179,9 @@ class SentencePieceTokenizer:
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(self._processor.encode(text), dtype=np.uint32) for text in texts]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([i for i in ids if i < self._processor.vocab_size()])
+
 
 # By the file's suffix
 KINDS: dict[str, Callable[[str, bytes], Tokenizer]] = {".tiktoken": TiktokenTokenizer, ".model": SentencePieceTokenizer}
@@ -140,7 +199,8 @@ def tokenizer_fingerprint(name: str) -> str:
     if name == "bytes":
         return name
     kind = Path(name).suffix if Path(name).suffix in KINDS else ""
-    return hashlib.sha256(_content(name)).hexdigest() + kind
+    words = _words_beside(name) if KINDS.get(kind) is TiktokenTokenizer else None
+    return hashlib.sha256(_content(name) + (words or "").encode()).hexdigest() + kind
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
@@ -168,6 +228,11 @@ def _package(name: str, file: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f"data.tokenizer={file!r} needs the package {name}: pip install {name}") from error
+
+
+def _words_beside(file: str) -> str | None:
+    beside = Path(os.path.expanduser(file)).with_suffix(WORDS)
+    return beside.read_text(encoding="utf-8").strip() if beside.exists() else None
 
 
 def _line(error: Exception) -> str:
