@@ -6,7 +6,7 @@ shard of them whose queries and keys stay in order. It costs two int32 a query.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -75,6 +75,24 @@ class Spans:
         start, stop = (torch.stack(parts) for parts in zip(*bounds, strict=True))
         hi = torch.arange(1, sums[0] + 1).expand_as(stop) if causal else stop
         return _windowed(start, hi, window)
+
+    @staticmethod
+    def from_mask(mask: Tensor | Iterable[Tensor]) -> Spans:
+        """The spans that are exactly ``mask``: bool (rows, queries, keys), True where a query sees a key.
+
+        It may come as blocks of queries, one after the other, so that it is never whole. Reads the values: a host sync
+        on a GPU. ValueError: no spans are that mask, and of the first such query why.
+        """
+        edges = [_edges(block) for block in ([mask] if isinstance(mask, Tensor) else mask)]
+        first, stop, seen, keys = (torch.cat(parts, dim=1) for parts in zip(*edges, strict=True))
+        # The tightest bounds that never fall; a query that sees nothing takes its neighbours', which may not work out
+        lo = first.where(seen > 0, keys).flip(1).cummin(dim=1).values.flip(1)
+        hi = stop.where(seen > 0, 0).cummax(dim=1).values
+        wrong = torch.where(seen > 0, (lo != first) | (hi != stop) | (stop - first != seen), lo < hi).nonzero()
+        if len(wrong):
+            row, query = wrong[0].tolist()
+            raise ValueError(_why_no_span(row, query, *(int(x[row, query]) for x in (first, stop, seen))))
+        return Spans(lo.to(torch.int32), hi.to(torch.int32))
 
     def with_blocks(self, blocks: Blocks) -> Spans:
         """Inside each block ``(start, end)`` every query sees the whole block: prefixes, images, video frames.
@@ -156,6 +174,32 @@ def _is_nested(values: Sequence[object], depth: int = 1) -> bool:
 
 def _holds_sequences(values: Sequence[object]) -> bool:
     return all(not row or isinstance(cast(Sequence[object], row)[0], Sequence) for row in values)
+
+
+def _edges(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each query, int64 (rows, queries): the first key that it sees, the one after the last, how many, all keys."""
+    if mask.dim() != 3 or mask.dtype != torch.bool:
+        raise ValueError(f"a mask of {mask.dtype}, shape {tuple(mask.shape)}: it is bool (rows, queries, keys)")
+    seen = mask.sum(dim=2)
+    keys = torch.full_like(seen, mask.shape[2])
+    if not mask.numel():
+        return seen, seen, seen, keys
+    bits = mask.to(torch.uint8)  # argmax takes the first of equals, and no bool
+    return bits.argmax(dim=2), keys - bits.flip(2).argmax(dim=2), seen, keys
+
+
+def _why_no_span(row: int, query: int, first: int, stop: int, seen: int) -> str:
+    """What stands in the way at one query, whose keys are not those that spans would give it."""
+    if not seen:
+        what = "sees no key, although a query before it and one after it share some"
+    elif seen < stop - first:
+        what = f"sees {seen} keys between {first} and {stop - 1}, not all of them"
+    else:
+        what = f"sees keys {first} to {stop - 1}, and an earlier or later one reaches past that"
+    return (
+        f"the mask of row {row} is no span: query {query} {what}. A query sees one run of keys, whose first and last "
+        "never fall from one query to the next; disjoint spans are given to `attention` as a list"
+    )
 
 
 def _document_bounds(lengths: Tensor) -> tuple[Tensor, Tensor]:

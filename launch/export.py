@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ringspan.train.huggingface import FLOATS, export
-from ringspan.train.manifest import MANIFEST, damage, find, read_manifest
+from ringspan.train.pretrained import newest
 
 
 def main() -> int:
@@ -22,24 +22,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=list(FLOATS), default="bf16")
     asked = parser.parse_args()
     try:
-        checkpoint = pick(asked.source)
+        checkpoint = newest(asked.source)
         files = export(checkpoint, asked.target, FLOATS[asked.dtype])
     except (ValueError, OSError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 1
     print(f"{checkpoint} -> {asked.target}: {', '.join(files)}")
     return 0
-
-
-def pick(source: Path) -> Path:
-    """The checkpoint itself, or a run's newest whole one. ValueError: there is none."""
-    paths = [source] if (source / MANIFEST).exists() else find(str(source), "auto")[0]
-    problems = []
-    for path in paths:
-        if (problem := damage(path, read_manifest(path))) is None:
-            return path
-        problems.append(f"{path.name}: {problem}")
-    raise ValueError(f"{source}: no whole checkpoint here{''.join(f'; {problem}' for problem in problems)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Decoding over keys and values that are sharded on a ring: each rank holds those of some tokens, of all layers.
+
+A prompt's stay where the ring's prefill has them; those of new tokens go to the ranks in turn. All ranks compute the
+new token alike, each attends to the keys that it holds, and the parts merge by their log-sum-exp: exact, and a rank
+holds 1 / ranks of the cache and reads no more than that for a token.
+
+    cache = Cache(layout, group, starts=[0, 700], room=256)      # two prompts, the shorter one padded on the left
+    cache.keep(k, v)                                             # of each layer in turn: this rank's shards
+    cache.begin()                                                # a new token of each row
+    out = cache.attend(layer, q, k, v)                           # of each layer; all ranks together
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringspan.kernels.attention import accumulator, attention_forward
+from ringspan.kernels.plan import Plan, plan
+from ringspan.kernels.spans import Spans
+from ringspan.parallel.layout import Layout
+
+
+class Cache:
+    """Keys and values of a batch of rows, which ``layout`` shares out; slots before ``starts[row]`` are padding.
+
+    There is ``room`` for so many tokens a row behind the layout's.
+    """
+
+    def __init__(
+        self, layout: Layout, group: dist.ProcessGroup, *, starts: Sequence[int], room: int, backend: str = "auto"
+    ) -> None:
+        self.group, self.backend, self.starts = group, backend, torch.tensor(starts)
+        self.length, self.end = layout.length, layout.length + room  # slots in use, and all there are
+        rank, ranks = group.rank(), group.size()
+        prompt = layout.positions(rank)
+        self.prompt = prompt[prompt >= 0]
+        new = torch.arange(layout.length, self.end)[rank::ranks]
+        self.slots = torch.cat([self.prompt, new])  # of this rank's keys, ascending
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # of each layer: (rows, len(slots), kv_heads, dim)
+        self.rows = 0  # of ``slots`` that are in use
+        self.own = False  # whether the newest token's are this rank's
+        self.plan: Plan | None = None
+
+    def keep(self, k: Tensor, v: Tensor) -> None:
+        """One more layer's keys and values of the prompt: this rank's shard, (rows, positions, kv_heads, dim)."""
+        pair = tuple(x.new_empty((x.shape[0], len(self.slots), *x.shape[2:])) for x in (k, v))
+        for kept, x in zip(pair, (k, v), strict=True):
+            kept[:, : len(self.prompt)] = x[:, : len(self.prompt)]
+        self.pairs.append((pair[0], pair[1]))
+
+    def begin(self) -> None:
+        """From here on, until the next call, the layers attend from one more token of each row, which sees itself.
+
+        ValueError: there is no room for it.
+        """
+        if self.length == self.end:
+            raise ValueError(f"the cache has room for {self.end} tokens a row, and all of it is used")
+        slot, self.length = self.length, self.length + 1
+        self.rows = int(torch.searchsorted(self.slots, self.length))
+        self.own = self.rows > 0 and int(self.slots[self.rows - 1]) == slot
+        lo = torch.searchsorted(self.slots, self.starts).clamp(max=self.rows).to(torch.int32)[:, None]
+        self.plan = plan(Spans(lo, torch.full_like(lo, self.rows)).to(self.pairs[0][0].device), self.rows)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Attention of the newest token, (rows, 1, heads, dim), over all ranks' keys and its own ``k`` and ``v``."""
+        assert self.plan is not None, "begin() comes first"
+        keys, values = (x[:, : self.rows] for x in self.pairs[layer])
+        if self.own:
+            keys[:, -1:], values[:, -1:] = k, v
+        alone = self.group.size() == 1
+        out, lse = attention_forward(
+            q,
+            keys,
+            values,
+            self.plan,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            out_dtype=q.dtype if alone else accumulator(q.dtype),
+            backend=self.backend,
+        )
+        return out if alone else merge(out, lse, self.group).to(q.dtype)
+
+
+def merge(out: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Attention over all ranks' keys, from each rank's out (B, S, H, D) and lse (B, H, S) over its own.
+
+    The same bits on all ranks; 0 where no rank has a key.
+    """
+    part = torch.cat([out, lse.transpose(1, 2)[..., None]], dim=-1)
+    parts = part.new_empty((group.size(), *part.shape))
+    dist.all_gather_into_tensor(parts.view(-1, *part.shape[1:]), part, group=group)
+    lse = parts[..., -1:]
+    weights = (lse - lse.amax(dim=0).nan_to_num(neginf=0.0)).exp()
+    total = weights.sum(dim=0)
+    return (weights * parts[..., :-1]).sum(dim=0) / total.masked_fill(total == 0, 1.0)

@@ -1,0 +1,247 @@
+"""Text from a model: prompts of any length over a ring of ranks, then a token at a time from the cache they share.
+
+generator = Generator(model, mesh)
+for tokens in generator(prompts, n=64, sampling=Sampling(temperature=0.8, top_p=0.95)):    # all ranks together
+    ...                                                                # one token of each prompt, the same on all
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringspan.kernels.spans import Spans
+from ringspan.parallel.attention import SequenceAttention
+from ringspan.parallel.decode import Cache
+from ringspan.parallel.mesh import Mesh
+from ringspan.train.activations import in_tiles
+from ringspan.train.agree import from_rank_zero
+from ringspan.train.engine import Dtype
+from ringspan.train.layer import LayerWeights, finish, project, turn, unpack
+from ringspan.train.model import GPT
+from ringspan.train.pretrained import find_model, load_model, pick_tokenizer
+from ringspan.train.tokenizer import load_tokenizer
+
+TILE = 16_384  # tokens of a prompt's shard that an MLP is computed for at once: at an 8B model's width 1 GiB in bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from its logits; the same seed draws the same tokens, on any number of ranks."""
+
+    temperature: float = 0.0  # 0: the likeliest token
+    top_k: int = 0  # of the likeliest so many tokens; 0: all
+    top_p: float = 1.0  # of the likeliest ones that together have this probability
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (the likeliest token) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0, and at most 1 (all tokens)")
+
+
+class Generator:
+    """Made and called by all ranks of a mesh together, which is one ring: every rank has the whole model."""
+
+    def __init__(self, model: GPT, mesh: Mesh, backend: str = "auto") -> None:
+        assert mesh.ring == mesh.world, "a batch is not shared out here, and heads stay together"
+        self.model, self.group = model, mesh.ring_group
+        self.attend = SequenceAttention(mesh, "balanced", backend)
+        self.device = model.head.weight.device
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, vocabulary: int | None = None
+    ) -> Iterator[Tensor]:
+        """``n`` times one token of each prompt, int64 (prompts,) on the host; of the first ``vocabulary`` tokens, where
+        a model has more than its tokenizer. ValueError: a prompt without tokens."""
+        if not prompts or not all(prompts):
+            raise ValueError("prompt: each needs at least one token")
+        draws = torch.Generator().manual_seed(sampling.seed)
+        cache, logits = self._prefill(prompts, room=max(0, n - 1))
+        for number in range(n):
+            tokens = pick(logits[:, :vocabulary], sampling, draws)
+            dist.broadcast(tokens, group=self.group, group_src=0)  # the ranks' logits may differ in their last bits
+            yield tokens.cpu()
+            if number + 1 < n:
+                logits = self._step(cache, tokens)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, Tensor]:
+        """The prompts through the ring, shorter ones padded on the left; logits of what follows each."""
+        length = max(map(len, prompts))
+        starts = [length - len(prompt) for prompt in prompts]
+        rows = torch.zeros(len(prompts), length, dtype=torch.int64)
+        for row, start, prompt in zip(rows, starts, prompts, strict=True):
+            row[start:] = torch.tensor(prompt)
+        spans = Spans.causal(length).padded(starts, length)
+        layout = self.attend.layout(spans)
+        cache = Cache(layout, self.group, starts=starts, room=room, backend=self.attend.backend)
+        mine, plan = self.attend.local_positions(layout), self.attend.plan(spans, self.device, layout)
+
+        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.keep(k, v)
+            return self.attend(q, k, v, plan)
+
+        hidden = self._forward(rows[:, mine.clamp(min=0)], mine - cache.starts[:, None], attend)
+        last = hidden.new_zeros(len(prompts), hidden.shape[-1])
+        if len(at := (mine == length - 1).nonzero()):
+            last += hidden[:, int(at)]
+        dist.all_reduce(last, group=self.group)
+        return cache, self._logits(last)
+
+    def _step(self, cache: Cache, tokens: Tensor) -> Tensor:
+        """Logits of what follows one more token of each row."""
+        position = cache.length - cache.starts[:, None]
+        cache.begin()
+        return self._logits(self._forward(tokens[:, None], position, cache.attend)[:, -1])
+
+    def _forward(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """The last layer's output (rows, tokens, dim) for int64 (rows, tokens); ``attend(layer, q, k, v)``."""
+        model, sizes = self.model, self.model.run_layers.sizes
+        x = model.embedding(tokens.to(self.device))
+        cos, sin = model.rope(positions.clamp(min=0).to(self.device), x.dtype)
+
+        def run(w: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+                packed = project(x, w, sizes)
+                return *turn(packed, cos, sin, w, sizes), unpack(packed, sizes)[2]
+
+            out = attend(number, *in_tiles(before, TILE, x, cos, sin))
+            return in_tiles(lambda x, out: finish(x, out, w, sizes)[:1], TILE, x, out)[0]
+
+        for number, layer in enumerate(model.layers):  # noqa: B007 - `run` reads it
+            x = layer(x, cos, sin, run)
+        return x
+
+    def _logits(self, last: Tensor) -> Tensor:
+        logits = self.model.norm(last) @ self.model.head.weight.T
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def pick(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> Tensor:
+    """A token of each row of logits (rows, vocabulary): int64 (rows,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    shares, order = (logits / sampling.temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        shares[:, sampling.top_k :] = 0
+    before = shares.cumsum(dim=-1) - shares
+    shares = shares.masked_fill(before >= sampling.top_p * shares.sum(dim=-1, keepdim=True), 0)
+    edges = shares.cumsum(dim=-1)
+    drawn = torch.rand(len(logits), 1, generator=draws, dtype=torch.float64).to(logits.device) * edges[:, -1:]
+    at = torch.searchsorted(edges, drawn.to(edges.dtype), right=True)
+    # A draw that rounds to the sum itself would come after the last of them
+    return order.gather(1, at.minimum((shares > 0).sum(dim=-1, keepdim=True) - 1))[:, 0]
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    checkpoint: str = ""  # a run's folder, a checkpoint's, or a model's in Hugging Face's layout
+    prompt: list[str] = field(default_factory=list)  # what each text begins with
+    prompt_file: str | None = None  # or a file that has it, of any length
+    tokens: int = 128  # to write, at most
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 0  # draw from the likeliest so many tokens; 0: from all
+    top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
+    seed: int = 0  # of the draws
+    tokenizer: str | None = None  # bytes, or a tokenizer's file; null: the model's own
+    dtype: Dtype = Dtype.auto
+    nproc: int = 1  # processes to share prompts and cache; 0: one on each GPU here, 2 where there is none
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise ValueError("checkpoint: give a run's folder, a checkpoint's, or a model's in Hugging Face's layout")
+        if bool(self.prompt) == (self.prompt_file is not None):
+            raise ValueError("prompt: give it or prompt_file, and not both")
+        for name, least in (("tokens", 1), ("nproc", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+
+    def texts(self) -> list[str]:
+        """ValueError: the file cannot be read."""
+        if self.prompt_file is None:
+            return self.prompt
+        try:
+            return [Path(self.prompt_file).read_text(encoding="utf-8")]
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"prompt_file={self.prompt_file}: cannot be read as text ({error})") from error
+
+
+class Written(NamedTuple):
+    texts: list[str]  # behind each prompt
+    prompt_tokens: int  # of the longest
+    first_seconds: float  # until the first token
+    tokens_per_second: float  # of all prompts together, behind the first
+
+
+class Streamed:
+    """The text of tokens that come one at a time; what the next may still change is held back: half of a character."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int]) -> None:
+        self.decode, self.ids, self.text = decode, list(before), ""
+        self.start, self.told = 0, len(before)  # tokenizers of words put no space before a first one: never begin there
+
+    def add(self, token: int) -> str:
+        """What is new."""
+        self.ids.append(token)
+        return self._new(whole=False)
+
+    def end(self) -> str:
+        return self._new(whole=True)
+
+    def _new(self, whole: bool) -> str:
+        known, now = self.decode(self.ids[self.start : self.told]), self.decode(self.ids[self.start :])
+        if not whole and now.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.start, self.told = self.told, len(self.ids)
+        self.text += now[len(known) :]
+        return now[len(known) :]
+
+
+def generate(
+    config: GenerateConfig, mesh: Mesh, device: torch.device, tell: Callable[[int, str], None] = lambda *_: None
+) -> Written:
+    """Write on from the prompts, all ranks together; rank 0 calls ``tell(prompt's number, new text)`` as it comes.
+
+    ValueError: no such model, tokenizer or prompt.
+    """
+    found = from_rank_zero(lambda: find_model(Path(config.checkpoint)))
+    name, texts = from_rank_zero(lambda: (pick_tokenizer(found, config.tokenizer), config.texts()))
+    tokenizer = load_tokenizer(name)
+    prompts = [ids.tolist() for ids in tokenizer.encode(texts)]
+    bf16 = config.dtype is Dtype.bf16 or (config.dtype is Dtype.auto and device.type == "cuda")
+    attend = SequenceAttention(mesh, "balanced")
+    length = max(map(len, prompts)) + config.tokens
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = load_model(found, attend, device, dtype, length, tokenizer.vocab_size)
+    streams = [Streamed(tokenizer.decode, prompt[-4:]) for prompt in prompts]
+    going, first, written = set(range(len(prompts))), 0.0, 0
+    tell = tell if mesh.ring_rank == 0 else lambda *_: None
+    begun = time.perf_counter()
+    for number, tokens in enumerate(
+        Generator(model, mesh)(prompts, config.tokens, config.sampling(), tokenizer.vocab_size)
+    ):
+        first = first or time.perf_counter() - begun
+        going -= {row for row in going if tokens[row] == tokenizer.end_of_document}
+        for row in sorted(going):
+            tell(row, streams[row].add(int(tokens[row])))
+        written = number
+        if not going:
+            break
+    rest = time.perf_counter() - begun - first
+    for row, stream in enumerate(streams):
+        tell(row, stream.end())
+    rate = written * len(prompts) / rest if written else 0.0
+    return Written([stream.text for stream in streams], length - config.tokens, first, rate)

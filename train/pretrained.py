@@ -1,0 +1,121 @@
+"""A trained model to use: from a run's folder, a checkpoint's, or a Llama's or Qwen3's in Hugging Face's layout.
+
+found = find_model(Path("runs/NAME"))                                # reads no weights yet
+model = load_model(found, attend, device, torch.bfloat16, seq_len)   # all ranks together; each has all of it
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from omegaconf import OmegaConf
+
+from ringspan.train.corpus import is_corpus
+from ringspan.train.corpus import read_manifest as read_corpus
+from ringspan.train.huggingface import DEFAULTS, Folder
+from ringspan.train.initial import open_weights
+from ringspan.train.manifest import MANIFEST, damage, find, read_manifest
+from ringspan.train.model import GPT, Attend, ModelConfig
+from ringspan.train.phases import Phase, phase_at
+from ringspan.train.tokenizer import tokenizer_fingerprint
+
+
+class Pretrained(NamedTuple):
+    path: Path
+    model: ModelConfig
+    vocab_size: int
+    trained: Phase  # the last rows that it was trained on: their length, and the base of their rotary positions
+    tokenizer: str | None  # what is known of it; None: whoever uses the model has to say
+    corpus: str | None  # fingerprint of the tokenizer that prepared its text, where that is known
+
+
+def find_model(path: Path) -> Pretrained:
+    """ValueError: there is neither a whole checkpoint nor a model as we have them; all differences are told."""
+    if (path / "config.json").exists():
+        return _of_folder(path)
+    path = newest(path)
+    saved = read_manifest(path).saved
+    config = saved.config
+    first = Phase(seq_len=config["seq_len"])
+    phases = [Phase(**phase) for phase in config["phases"]]
+    data, folder = config["data"], Path(os.path.expanduser(config["data"]["path"] or ""))
+    known = data["path"] is not None and is_corpus(folder)
+    return Pretrained(
+        path,
+        cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))),
+        saved.vocab_size,
+        phase_at(phases, first, max(0, saved.step - 1)),
+        data["tokenizer"],
+        read_corpus(folder)["tokenizer"] if known else None,
+    )
+
+
+def newest(source: Path) -> Path:
+    """The checkpoint itself, or a run's newest whole one. ValueError: there is none."""
+    paths = [source] if (source / MANIFEST).exists() else find(str(source), "auto")[0]
+    problems = []
+    for path in paths:
+        if (problem := damage(path, read_manifest(path))) is None:
+            return path
+        problems.append(f"{path.name}: {problem}")
+    raise ValueError(f"{source}: no whole checkpoint here{''.join(f'; {problem}' for problem in problems)}")
+
+
+def _of_folder(path: Path) -> Pretrained:
+    folder = Folder(path)
+    told = {**DEFAULTS, **folder.config}
+    model = model_of(told, path)
+    folder.require(model)
+    tokenizer = path / "tokenizer.json"
+    length = Phase(seq_len=told.get("max_position_embeddings", 1))
+    return Pretrained(path, model, folder.vocab_size, length, str(tokenizer) if tokenizer.exists() else None, None)
+
+
+def model_of(config: dict[str, Any], path: Path) -> ModelConfig:
+    """What a config.json describes, as far as we have it: `Folder.require` says what else it does."""
+    rope = config.get("rope_parameters") or {}
+    try:
+        heads = config["num_attention_heads"]
+        return ModelConfig(
+            dim=config["hidden_size"],
+            n_layers=config["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            mlp_dim=config["intermediate_size"],
+            rope_base=rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
+            qk_norm=config.get("model_type") == "qwen3",
+            tie_embeddings=config["tie_word_embeddings"],
+            norm_eps=config["rms_norm_eps"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: its config.json has no {error}, which a Llama's or a Qwen3's has") from error
+
+
+def pick_tokenizer(found: Pretrained, asked: str | None) -> str:
+    """The name of the model's tokenizer. ValueError: nobody knows it, or it is not the one that made its text."""
+    name = asked or found.tokenizer
+    if name is None:
+        raise ValueError(f"tokenizer: there is no tokenizer.json in {found.path}; give the path of one")
+    if found.corpus is not None and tokenizer_fingerprint(name) != found.corpus:
+        raise ValueError(f"tokenizer={name}: not the one that the text of {found.path} was prepared with; give that")
+    return name
+
+
+def load_model(
+    found: Pretrained, attend: Attend, device: torch.device, dtype: torch.dtype, seq_len: int, tokens: int
+) -> GPT:
+    """All ranks together. ``seq_len``: of the rows to come, of which positions may be scaled by their length;
+    ``tokens``: of the tokenizer. ValueError: damaged files, or a model that knows fewer tokens."""
+    try:
+        source = open_weights(str(found.path), found.model, tokens)
+    except ValueError as error:
+        raise ValueError(str(error).replace("init=", "checkpoint=", 1)) from error
+    assert source is not None
+    model = GPT(found.model, found.vocab_size, attend, device=device, dtype=dtype)
+    model.rope = found.model.rope(max(seq_len, found.trained.seq_len), found.trained.rope_base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source.read("master", name, 0, parameter.numel()).view(parameter.shape))
+    return model.eval().requires_grad_(False)
