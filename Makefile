@@ -2,6 +2,7 @@
 # make test     run the whole test suite
 # make check    lint, formatting, types
 # make faults   kill, starve and corrupt small runs, and see that each ends as if nothing had happened
+# make soak     20,000 tiny steps, whose memory and open files must not grow
 #
 # Each sets up .venv first, once. ARGS adds arguments: make train ARGS="steps=20", make test ARGS="-k ring".
 # make test VENV= PYTHON=python3 takes an environment that has everything already, and installs nothing.
@@ -19,16 +20,19 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: train test check faults
+.PHONY: train test check faults soak
 train: $(READY)
 	$(PY) launch/train.py experiment=laptop $(ARGS)
 
 test: $(READY)
 	$(PY) -m pytest $(ARGS)
 
-# A quarter of an hour on two cores: 100 kills, 20 full disks, 20 damaged checkpoints. ARGS="--seed 7" draws others.
+# 100 kills, 20 full disks, 20 damaged checkpoints: 20 minutes on two cores. ARGS="--seed 7" draws others.
 faults: $(READY)
 	$(PY) tests/faults.py --kills 100 --full-disks 20 --damaged 20 $(ARGS)
+
+soak: $(READY)
+	$(PY) tests/soak.py $(ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check

@@ -1,183 +1,121 @@
 """Runs that are killed, find the disk full and lose checkpoints: each must end to the bit as if nothing had happened.
 
-    python tests/faults.py --kills 100 --full-disks 20 --damaged 20 --seed 0    # what `make faults` runs
+    python tests/faults.py --kills 100 --full-disks 20 --damaged 20    # what `make faults` runs
+    python tests/faults.py --kills 10 --device cuda                    # on two GPUs
 
 A fault is drawn from the seed: which rank, which moment, which byte. After a kill all ranks are ended, as torchrun ends
-them, and started again with resume=auto.
+them, and started again with resume=auto. ``--workers`` runs are disturbed side by side, by default one for two cores;
+after ``--seconds`` none is begun.
 """
 
 import argparse
-import json
-import multiprocessing as mp
 import os
 import random
-import resource
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+from attempts import SETTINGS, WORLD, FullDisk, Ranks, Run
+from test_parity import write_texts
 
-import torch
-import torch.distributed as dist
-from test_parity import job, write_texts
+from ringspan.train.manifest import checkpoints_in, find
 
-from ringspan.train.checkpoint import Checkpointer
-from ringspan.train.config import TrainConfig
-from ringspan.train.loop import train
-from ringspan.train.manifest import checkpoints_in, damage, find, read_manifest
-
-WORLD, STEPS, SAVE_EVERY, DEADLINE = 2, 12, 2, 120.0
-SETTINGS = [{"mesh": (2, 1, 1), "zero": 2}, {"mesh": (1, 2, 1), "zero": 1}, {"mesh": (1, 1, 2), "zero": 3}]
-FULL_BYTES = 20_000, 150_000  # a file of this size is where the disk ends; metrics.jsonl is smaller, a shard larger
-
-# A rank that is forked with these starts in a second; with nothing it takes ten
-PRELOAD = ["faults", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx", "wandb", "setuptools"]
+STEPS, SAVE_EVERY, KILLS_IN_A_RUN = 12, 2, 3
 
 
-def serve(rank: int, store: str, config: TrainConfig, full: tuple[int, int, int] | None) -> None:
-    """A rank's life. ``full``: (rank, number of the save, bytes) of a disk that takes no more."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
-    torch.set_num_threads(1)
-    sys.stdout = open(Path(config.run_dir, f"said-{rank}"), "a")  # noqa: SIM115 - until the process ends
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD, timeout=timedelta(seconds=DEADLINE)
-    )
-    if full and full[0] == rank:
-        fill_the_disk(*full[1:])
-    train(config, config.run_dir)
-    dist.destroy_process_group()
+class Case(NamedTuple):
+    kind: str
+    number: int
+    faults: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.number}"
 
 
-def fill_the_disk(number: int, size: int) -> None:
-    """From the ``number``-th save to the one after it no file may grow beyond ``size``."""
-    begin, saves = Checkpointer.begin, []
-
-    def limited(self: Checkpointer, *given: Any) -> None:
-        saves.append(0)
-        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size if len(saves) == number else most, most))
-        begin(self, *given)
-
-    Checkpointer.begin = limited  # type: ignore[method-assign]
-
-
-class Run:
-    """One run and all the attempts it takes."""
-
-    def __init__(self, folder: Path, name: str, text: str, setting: dict[str, Any]) -> None:
-        config = job(folder, name, text, steps=STEPS, save_every=SAVE_EVERY, keep=0, **setting)
-        config.deterministic = True
-        self.config, self.folder = config, Path(config.run_dir)
-
-    def attempt(
-        self, fault: Callable[[list[BaseProcess], float], bool] | None = None, full: tuple[int, int, int] | None = None
-    ) -> bool:
-        """Start all ranks and wait; whether the run has come to its end. ``fault`` looks every millisecond."""
-        context, started = mp.get_context("forkserver"), time.monotonic()
-        with tempfile.TemporaryDirectory() as store:
-            ranks: list[BaseProcess] = [
-                context.Process(target=serve, args=(rank, f"{store}/s", self.config, full)) for rank in range(WORLD)
-            ]
-            for rank in ranks:
-                rank.start()
-            while any(rank.is_alive() for rank in ranks):
-                seconds = time.monotonic() - started
-                assert seconds < DEADLINE, f"{self.folder} hangs"
-                if (fault and fault(ranks, seconds)) or any(rank.exitcode for rank in ranks):
-                    break
-                time.sleep(0.001)
-            for rank in ranks:
-                rank.kill()
-                rank.join()
-        return all(rank.exitcode == 0 for rank in ranks)
-
-    def curve(self) -> list[tuple[Any, ...]]:
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        return [(line["step"], line["tokens"], line["train/loss"], line["train/grad_norm"]) for line in lines]
-
-    def end(self) -> tuple[Any, ...]:
-        """All that must be the same: the curve, and every bit of the last checkpoint."""
-        last = read_manifest(checkpoints_in(str(self.folder))[-1])
-        return self.curve(), {name: file.sha256 for name, file in last.files.items()}, last.saved.step
-
-    def newest_whole(self) -> int:
-        """The step of the checkpoint to go on from; 0 if there is none."""
-        for path in find(str(self.folder), "auto")[0]:
-            if damage(path, manifest := read_manifest(path)) is None:
-                return manifest.saved.step
-        return 0
-
-    def steps_done(self) -> int:
-        path = self.folder / "metrics.jsonl"
-        return sum(line.endswith("}\n") for line in path.open()) if path.exists() else 0
-
-    def resumed_at(self) -> int:
-        told = json.loads((self.folder / "run.json").read_text())["resumed"]
-        return 0 if told == "no" else int(told[-8:])
-
-    def said(self) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob("said-*")))
+def cases(kills: int, full_disks: int, damaged: int) -> list[Case]:
+    """Runs to disturb; several kills come to one run."""
+    groups = [min(KILLS_IN_A_RUN, kills - done) for done in range(0, kills, KILLS_IN_A_RUN)]
+    found = [Case("killed", number, count) for number, count in enumerate(groups)]
+    found += [Case("full disk", number, 1) for number in range(full_disks)]
+    return found + [Case("damaged", number, 1) for number in range(damaged)]
 
 
 class Faults:
-    """Draws faults and holds what undisturbed runs come to."""
+    """Disturbs runs, and holds what undisturbed ones come to."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.draw, self.folder, self.number = random.Random(seed), folder, 0
+    def __init__(self, folder: Path, seed: int = 0, *, cuda: bool = False, workers: int = 1) -> None:
+        self.folder, self.seed, self.cuda, self.workers = folder, seed, cuda, workers
         self.text = write_texts(folder / "text", 5, 90)
-        self.expected, self.seconds = [], []
-        for setting in SETTINGS:
-            whole, started = self.run(setting), time.monotonic()
-            assert whole.attempt(), whole.said()
-            self.seconds.append(time.monotonic() - started)
-            self.expected.append(whole.end())
+        self.acts = {"killed": self.kill_runs, "full disk": self.fill_a_disk, "damaged": self.damage_a_checkpoint}
+        whole = [self.run(which, "whole") for which in range(len(SETTINGS))]
+        whole[0].attempt()  # alone: it prepares the data for all
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(Run.attempt, whole[1:]))
+        self.expected, self.seconds = [run.end() for run in whole], [run.seconds for run in whole]
 
-    def run(self, setting: dict[str, Any]) -> Run:
-        self.number += 1
-        return Run(self.folder, f"run-{self.number}", self.text, setting)
+    def run(self, which: int, name: str) -> Run:
+        more = {"steps": STEPS, "save_every": SAVE_EVERY, "keep": 0}
+        return Run(self.folder, f"{name}-{which}".replace(" ", "-"), self.text, SETTINGS[which], cuda=self.cuda, **more)
 
-    def kills(self, count: int, in_a_run: int = 3) -> None:
+    def disturb(self, asked: list[Case], seconds: float, say: Callable[[str], None]) -> list[Case]:
+        """Cases that have ended as they should. None is begun after ``seconds``. AssertionError: one has not."""
+        until, done = time.monotonic() + seconds, []
+        with ThreadPoolExecutor(self.workers) as pool:
+            begun = {pool.submit(self._disturb_one, case, until): case for case in asked}
+            try:
+                for one in as_completed(begun):
+                    if took := one.result():
+                        done.append(begun[one])
+                        say(f"{begun[one]}: {begun[one].faults} faults, the same end, {took:.1f} s")
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return done
+
+    def _disturb_one(self, case: Case, until: float) -> float:
+        """Seconds it took; 0 where there is no time left."""
+        started = time.monotonic()
+        if started > until:
+            return 0.0
+        self.acts[case.kind](random.Random(f"{self.seed}/{case}"), case)
+        return time.monotonic() - started
+
+    def kill_runs(self, draw: random.Random, case: Case) -> None:
         """Half of them at any moment, half while a checkpoint is being written."""
-        while count > 0:
-            which = self.draw.randrange(len(SETTINGS))
-            run = self.run(SETTINGS[which])
-            for _ in range(min(count, in_a_run)):
-                fault = self.kill_at_a_save(run) if self.draw.random() < 0.5 else self.kill_at_any_time(which)
-                if run.attempt(fault):
+        left, number = case.faults, 0
+        while left:
+            which, number = draw.randrange(len(SETTINGS)), number + 1
+            run = self.run(which, f"{case}-{number}")
+            while left:
+                at_a_save = draw.random() < 0.5
+                if run.attempt(self.kill_at_a_save(draw, run) if at_a_save else self.kill_at_any_time(draw, which)):
                     break  # it was over before
-                count -= 1
+                left -= 1
                 self.require_little_lost(run)
             self.require_same_end(run, which)
 
-    def kill_at_any_time(self, which: int) -> Callable[[list[BaseProcess], float], bool]:
-        moment, victim = self.draw.uniform(0.1, 0.95) * self.seconds[which], self.draw.randrange(WORLD)
-        return lambda ranks, seconds: seconds > moment and self.kill(ranks[victim])
+    def kill_at_any_time(self, draw: random.Random, which: int) -> Callable[[Ranks, float], bool]:
+        moment, victim = draw.uniform(0, 0.95) * self.seconds[which], draw.randrange(WORLD)
+        return lambda ranks, seconds: seconds > moment and kill(ranks[victim])
 
-    def kill_at_a_save(self, run: Run) -> Callable[[list[BaseProcess], float], bool]:
+    def kill_at_a_save(self, draw: random.Random, run: Run) -> Callable[[Ranks, float], bool]:
         """The n-th that this attempt begins, a moment after its folder has appeared."""
-        number, delay, victim = self.draw.randint(1, 3), self.draw.uniform(0, 0.02), self.draw.randrange(WORLD)
+        number, delay, victim = draw.randint(1, 3), draw.uniform(0, 0.02), draw.randrange(WORLD)
         seen: set[str] = set()
 
-        def fault(ranks: list[BaseProcess], _: float) -> bool:
+        def fault(ranks: Ranks, _: float) -> bool:
             seen.update(path.name for path in (run.folder / "checkpoints").glob("*.half"))
             if len(seen) < number:
                 return False
             time.sleep(delay)
-            return self.kill(ranks[victim])
+            return kill(ranks[victim])
 
         return fault
-
-    @staticmethod
-    def kill(process: BaseProcess) -> bool:
-        process.kill()
-        return True
 
     def require_little_lost(self, run: Run) -> None:
         """One checkpoint may have been on its way, and the steps since it was begun."""
@@ -186,71 +124,93 @@ class Faults:
 
     def require_same_end(self, run: Run, which: int) -> None:
         newest = run.newest_whole()
-        assert run.attempt(), run.said()
+        run.attempt()
         assert newest == STEPS or run.resumed_at() == newest, (newest, run.resumed_at())
-        assert run.end() == self.expected[which], run.folder
+        assert run.end() == self.expected[which], f"{run.folder} ended otherwise"
         shutil.rmtree(run.folder)
 
-    def full_disks(self, count: int) -> None:
-        for _ in range(count):
-            which, rank = self.draw.randrange(len(SETTINGS)), self.draw.randrange(WORLD)
-            run, number = self.run(SETTINGS[which]), self.draw.randint(1, STEPS // SAVE_EVERY - 1)
-            assert run.attempt(full=(rank, number, self.draw.randint(*FULL_BYTES))), run.said()
-            assert f"rank {rank}: [Errno 27] File too large; training goes on" in run.said()
-            missing = f"step-{number * SAVE_EVERY:08d}"
-            assert missing not in [path.name for path in checkpoints_in(str(run.folder))]
-            self.require_same_end(run, which)
+    def fill_a_disk(self, draw: random.Random, case: Case) -> None:
+        """Too small for a shard, and half of the time for the log too."""
+        which, rank = draw.randrange(len(SETTINGS)), draw.randrange(WORLD)
+        number, size = draw.randint(1, STEPS // SAVE_EVERY - 1), int(10 ** draw.uniform(2.3, 5))  # bytes
+        run = self.run(which, str(case))
+        run.attempt(full=FullDisk(rank, number, size))
+        assert f"rank {rank}: [Errno 27] File too large; training goes on" in run.said()
+        lines_waited = rank == 0 and size < log_size(run, SAVE_EVERY * (number + 1))
+        assert ("there is room again, and every line is written" in run.said()) == lines_waited, run.said()
+        missing = f"step-{number * SAVE_EVERY:08d}"
+        assert missing not in [path.name for path in checkpoints_in(str(run.folder))]
+        self.require_same_end(run, which)
 
-    def damaged(self, count: int) -> None:
-        for _ in range(count):
-            which = self.draw.randrange(len(SETTINGS))
-            run = self.run(SETTINGS[which])
-            least = self.draw.randint(2, STEPS // SAVE_EVERY - 1)
-            folder = str(run.folder)
-            run.attempt(lambda ranks, _, n=least, at=folder: len(checkpoints_in(at)) >= n and self.kill(ranks[0]))
-            newest = find(folder, "auto")[0][0]
-            self.damage(newest)
-            assert run.newest_whole() < int(newest.name[-8:])
-            self.require_same_end_after(run, which, newest.name)
-
-    def require_same_end_after(self, run: Run, which: int, refused: str) -> None:
-        newest = run.newest_whole()
-        assert run.attempt(), run.said()
-        assert run.resumed_at() == newest
-        assert f"refused  {refused} " in run.said()
-        assert run.end() == self.expected[which], run.folder
+    def damage_a_checkpoint(self, draw: random.Random, case: Case) -> None:
+        which = draw.randrange(len(SETTINGS))
+        run, least = self.run(which, str(case)), draw.randint(2, STEPS // SAVE_EVERY - 1)
+        folder = str(run.folder)
+        run.attempt(lambda ranks, _: len(checkpoints_in(folder)) >= least and kill(ranks[0]))
+        newest = find(folder, "auto")[0][0]
+        damage_a_file(draw, newest)
+        whole = run.newest_whole()
+        assert whole < int(newest.name[-8:])
+        run.attempt()
+        assert run.resumed_at() == whole
+        assert f"refused  {newest.name} " in run.said()
+        assert run.end() == self.expected[which], f"{run.folder} ended otherwise"
         shutil.rmtree(run.folder)
 
-    def damage(self, checkpoint: Path) -> None:
-        path = self.draw.choice(sorted(checkpoint.iterdir()))
-        content = bytearray(path.read_bytes())
-        how = self.draw.choice(["flip", "cut", "delete"])
-        if how == "delete":
-            path.unlink()
-            return
-        at = self.draw.randrange(len(content) - 1)
-        if how == "flip":
-            content[at] ^= 1 << self.draw.randrange(8)
-        path.write_bytes(content if how == "flip" else content[:at])
+
+def log_size(run: Run, steps: int) -> int:
+    """Bytes of the first ``steps`` lines of the log."""
+    return sum(map(len, (run.folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:steps]))
 
 
-def main() -> None:
+def kill(process: BaseProcess) -> bool:
+    process.kill()
+    return True
+
+
+def damage_a_file(draw: random.Random, checkpoint: Path) -> None:
+    path = draw.choice(sorted(checkpoint.iterdir()))
+    content = bytearray(path.read_bytes())
+    how = draw.choice(["flip", "cut", "delete"])
+    if how == "delete":
+        path.unlink()
+        return
+    at = draw.randrange(len(content) - 1)
+    if how == "flip":
+        content[at] ^= 1 << draw.randrange(8)
+    path.write_bytes(content if how == "flip" else content[:at])
+
+
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("kills", "full-disks", "damaged", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=0)
-    asked = parser.parse_args()
-    # The fork server looks for modules where this variable says
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    cores = len(os.sched_getaffinity(0))
+    for name, default in {
+        "kills": 0,
+        "full-disks": 0,
+        "damaged": 0,
+        "seed": 0,
+        "workers": max(1, cores // WORLD),
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    asked = parser.parse_args(arguments)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if asked.device == "cpu":  # of ranks, which have not been started yet
+        os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        faults = Faults(Path(folder), asked.seed)
-        for act, count in ((faults.kills, asked.kills), (faults.full_disks, asked.full_disks)):
-            act(count)
-            print(f"{act.__name__} {count}: all ended the same, {time.monotonic() - started:.0f} s", flush=True)
-        faults.damaged(asked.damaged)
-        print(f"damaged {asked.damaged}: all ended the same, {time.monotonic() - started:.0f} s", flush=True)
+        faults = Faults(Path(folder), asked.seed, cuda=asked.device == "cuda", workers=asked.workers)
+        took = time.monotonic() - started
+        print(f"undisturbed: {', '.join(f'{x:.1f}' for x in faults.seconds)} s a run, {took:.0f} s in all", flush=True)
+        wanted = cases(asked.kills, asked.full_disks, asked.damaged)
+        done = faults.disturb(wanted, asked.seconds - took, lambda line: print(line, flush=True))
+    for kind in faults.acts:
+        ended, all_ = (sum(case.faults for case in which if case.kind == kind) for which in (done, wanted))
+        print(f"{kind}: {ended} of {all_} faults, and every run ended the same", flush=True)
+    print(f"{time.monotonic() - started:.0f} s", flush=True)
+    return int(len(done) < len(wanted))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

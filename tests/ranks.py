@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -21,10 +22,29 @@ import torch.multiprocessing as mp
 
 START_SECONDS = 120  # a rank imports torch and joins the group within this, also on a busy machine
 
+TRAINING = [
+    "ringspan.train.config",
+    "torch._dynamo",
+    "wandb",
+    "setuptools",
+    "pytest",
+]  # what a rank that trains imports
+
+
+def forkserver() -> ForkServerContext:
+    """Starts ranks as forks of one process that has imported, for 7 s of a core, what each of them needs.
+
+    DeepSpeed picks its accelerator when it is imported, and a process that has looked at a GPU cannot fork: where there
+    are GPUs each rank imports that itself.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([*TRAINING, *([] if torch.cuda.is_available() else ["deepspeed"])])
+    return context
+
 
 def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: Any) -> None:
     """A rank's life: join the group, then answer each task with (rank, worked, pickled result or traceback)."""
-    _prepare(rank, world, cuda)
+    become_rank(rank, world, cuda)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.FileStore(store, world),
@@ -43,7 +63,7 @@ def _serve(rank: int, world: int, cuda: bool, store: str, inbox: Any, outbox: An
     dist.destroy_process_group()
 
 
-def _prepare(rank: int, world: int, cuda: bool) -> None:
+def become_rank(rank: int, world: int, cuda: bool) -> None:
     """What torchrun would have set (DeepSpeed reads it), and which device this rank may see."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
@@ -57,8 +77,7 @@ class Ranks:
     """A pool of ranks that outlives a test. A failed task closes the pool: its peers may be stuck in a collective."""
 
     def __init__(self, world: int, cuda: bool = False) -> None:
-        ctx = mp.get_context("forkserver")
-        ctx.set_forkserver_preload(["torch", "torch.distributed"])
+        ctx = forkserver()
         self.folder = tempfile.TemporaryDirectory()
         self.inboxes = [ctx.SimpleQueue() for _ in range(world)]
         self.outbox = ctx.Queue()

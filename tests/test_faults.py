@@ -1,25 +1,18 @@
 """Ten faults of `make faults`: kills, full disks and damaged checkpoints, on real processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from faults import Faults, cases
 
-ROOT = Path(__file__).parents[1]
+
+def test_ten_faults_and_every_run_ends_to_the_bit_as_if_there_had_been_none(tmp_path):
+    asked, said = cases(kills=6, full_disks=2, damaged=2), []
+    assert sum(case.faults for case in asked) == 10
+    done = Faults(tmp_path, seed=0, workers=2).disturb(asked, 1000, said.append)
+    assert set(done) == set(asked)
+    assert len(said) == len(asked)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_ten_faults_and_every_run_ends_to_the_bit_as_if_there_had_been_none(seed):
-    faults = ["--kills", "6", "--full-disks", "2", "--damaged", "2", "--seed", str(seed)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "faults.py"), *faults],
-        env={**os.environ, "PYTHONPATH": str(ROOT / ".types")},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("all ended the same") == 3
+@pytest.mark.gpu
+def test_kills_on_gpus(tmp_path):
+    asked = cases(kills=2, full_disks=0, damaged=0)
+    assert Faults(tmp_path, seed=0, cuda=True, workers=2).disturb(asked, 1000, print) == asked

@@ -12,7 +12,7 @@ from test_parity import job, write_texts
 
 from ringspan.train.checkpoint import Reader
 from ringspan.train.engine import Engine
-from ringspan.train.health import LEARNED, Spikes, first_not_finite, statistics
+from ringspan.train.health import LEARNED, Spikes, first_not_finite, report, statistics
 from ringspan.train.manifest import read_manifest
 from ringspan.train.optim import OptimConfig
 
@@ -68,6 +68,7 @@ def test_steps_in_a_row_without_a_finite_gradient_end_the_run_with_a_report(root
         assert "step 6: the gradient norm is not finite, in 3 steps in a row" in told
         assert "(first in the gradient of head on rank 1, rows [" in told
         assert "lower optim.lr (now 0.01)" in told
+        assert f"all layers are in {config.run_dir}/not-finite-00000006.json" in told
     assert len(lines(config)) == 5
     said = json.loads(Path(config.run_dir, "not-finite-00000006.json").read_text())
     assert (said["step"], [one["rank"] for one in said["ranks"]]) == (6, [0, 1])
@@ -114,6 +115,13 @@ def seen(**counts):
     pairs = {"a": (0, 0), "b": (0, 0), **counts}
     layers = {name: {"output": {"not_finite": x}, "gradient": {"not_finite": y}} for name, (x, y) in pairs.items()}
     return [{"rows": [7], "layers": layers}]
+
+
+def test_a_report_that_cannot_be_written_is_still_told(tmp_path):
+    told = report(tmp_path / "no" / "folder.json", {}, [[seen(b=(1, 9))[0]]])
+    assert told.startswith(
+        "first in the output of b on rank 0, rows [7]; the layers could not be written: No such file"
+    )
 
 
 @pytest.mark.parametrize(

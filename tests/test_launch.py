@@ -173,6 +173,13 @@ def test_a_sweep_under_torchrun_on_several_nodes_is_refused(here, small):
     assert "sweep under torchrun runs on one node" in line
 
 
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, small):
+    (here / "file").write_text("")
+    done = run(sys.executable, SCRIPT, *small, "nproc=1", f"run_dir={here}/file/run", cwd=here)
+    assert done.returncode == 1
+    assert done.stderr == f"train.py: run_dir: Not a directory ({here}/file/run); give a folder that can be written\n"
+
+
 def test_a_mistake_under_torchrun_is_told_once(here, small):
     done = run(*TORCHRUN, SCRIPT, *small, "parallel.ring=3", cwd=here)
     assert done.returncode != 0

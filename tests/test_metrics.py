@@ -3,8 +3,11 @@
 import io
 import json
 import re
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +15,9 @@ import pytest
 import torch
 
 from ringspan.train import metrics
+from ringspan.train.measured import Measured
 from ringspan.train.metrics import METRICS, LoggerConfig, RunLog, WandbMode, flops_per_step, peak_of, record
+from ringspan.train.progress import Progress, short_time
 
 CPU = torch.device("cpu")
 NUMBERS = {
@@ -138,6 +143,81 @@ def test_numbers_that_json_has_not_are_null(tmp_path):
     assert read(tmp_path)[0]["train/grad_norm"] is None
 
 
+@contextmanager
+def a_disk_that_ends_at(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_for_a_while_is_told_once_and_costs_no_line(tmp_path):
+    log = RunLog(str(tmp_path), Config(), stream=(said := io.StringIO()))
+    log.step(record(**{**NUMBERS, "step": 1}))
+    one = (tmp_path / "metrics.jsonl").stat().st_size
+    measured = Measured(loss=1.0, by_position=[(0, 2.0), (1, 1.0)])
+    with a_disk_that_ends_at(one + one // 2):
+        for step in (2, 3, 4):
+            log.step(record(**{**NUMBERS, "step": step}))
+            log.evaluation(step, 2000 * step, measured)
+        assert (tmp_path / "metrics.jsonl").stat().st_size == one + one // 2  # half of a line
+        assert not (tmp_path / "loss_by_position.svg").exists()
+        assert not (tmp_path / "loss_by_position.svg.tmp").exists(), "others need the room"
+    log.step(record(**{**NUMBERS, "step": 5}))
+    log.evaluation(5, 10000, measured)
+    log.close()
+    assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 5]
+    evaluations = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [2, 3, 4, 5]
+    told = [line for line in said.getvalue().splitlines() if line.startswith("log: ")]
+    assert told[0].startswith(f"log: File too large ({tmp_path}/metrics.jsonl); training goes on")
+    assert told[-1] == "log: there is room again, and every line is written"
+    assert len(told) == 2, told
+
+
+def test_lines_that_never_find_room_are_counted_and_what_was_there_stays(tmp_path):
+    log_steps(tmp_path, range(1, 3))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    log = RunLog(str(tmp_path), Config(), first_step=2, stream=(said := io.StringIO()))
+    with a_disk_that_ends_at(len(before)):
+        for step in (3, 4):
+            log.step(record(**{**NUMBERS, "step": step}))
+        log.close()
+        assert "its last 2 lines are lost" in said.getvalue()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_at_the_start_is_refused_and_nothing_is_lost(tmp_path):
+    log_steps(tmp_path, range(1, 5))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with a_disk_that_ends_at(100), pytest.raises(ValueError, match=r"run_dir=.*File too large .*; make room, or give"):
+        RunLog(str(tmp_path), Config(), first_step=4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+class Gone:
+    """A W&B run whose process has died."""
+
+    disabled = False
+
+    def log(self, values):
+        raise ConnectionResetError("Connection lost")
+
+
+def test_a_run_outlives_w_and_b(tmp_path):
+    log = RunLog(str(tmp_path), Config(), stream=(said := io.StringIO()))
+    log.wandb = Gone()
+    for step in (1, 2):
+        log.step(record(**{**NUMBERS, "step": step}))
+    log.verdict(1.0, 2.0)
+    log.close()
+    assert said.getvalue().count("W&B has stopped (Connection lost); training goes on") == 1
+    assert [line["step"] for line in read(tmp_path)] == [1, 2]
+
+
 def test_other_ranks_write_and_say_nothing(tmp_path):
     log = RunLog(str(tmp_path / "run"), Config(), rank=1, stream=(said := io.StringIO()))
     log.banner({"mesh": {"ring": 2}})
@@ -170,7 +250,7 @@ def test_plain_lines_with_the_time_left(tmp_path):
 
 
 def test_the_first_step_says_nothing_of_the_time_left():
-    progress = metrics.Progress(10, io.StringIO())
+    progress = Progress(10, io.StringIO())
     for step, seconds in ((1, 100.0), (2, 1.0), (3, 1.0)):  # 100: it compiles
         progress.step(record(**{**NUMBERS, "step": step, "step_seconds": seconds}))
     assert progress.stream.getvalue().endswith("eta 7s\n")
@@ -183,7 +263,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_sees_one_line_rewritten(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    progress = metrics.Progress(10, terminal := Terminal())
+    progress = Progress(10, terminal := Terminal())
     progress.step(record(**NUMBERS))
     progress.step(record(**{**NUMBERS, "step": 4}))
     progress.say("done")
@@ -194,7 +274,7 @@ def test_a_terminal_sees_one_line_rewritten(monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.2, "4s"), (65, "1m05s"), (5 * 3600 + 12 * 60 + 1, "5h12m")])
 def test_time_left_in_words(seconds, text):
-    assert metrics.short_time(seconds) == text
+    assert short_time(seconds) == text
 
 
 def test_the_verdict_says_which_is_smaller(tmp_path):

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from ringspan.parallel.mesh import LayoutName, ParallelConfig, StrategyName
+from ringspan.train.activations import Activations
 from ringspan.train.config import TrainConfig
 from ringspan.train.data import DataConfig
 from ringspan.train.engine import EngineConfig
-from ringspan.train.loop import LoopConfig, train
+from ringspan.train.loop import train
+from ringspan.train.loop_config import LoopConfig
 from ringspan.train.metrics import LoggerConfig, WandbMode
-from ringspan.train.model import Activations, ModelConfig
+from ringspan.train.model import ModelConfig
 from ringspan.train.optim import OptimConfig
 
 SEQ_LEN, ROWS, STEPS = 64, 8, 20

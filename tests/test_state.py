@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def plain_state():
     """(kind, name) -> tensor, of AdamW in plain PyTorch on all rows."""
     model = build("cpu", torch.float32)
-    optimizer = adamw(model.parameters(), OPTIM, CPU)
+    optimizer = adamw(model.parameters(), OPTIM)
     for step, (tokens, labels) in enumerate(batches(), start=1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OPTIM, step, STEPS)

@@ -1,5 +1,6 @@
 """A rank that hangs is named, by itself and by those that wait for it."""
 
+import json
 import threading
 import time
 
@@ -27,6 +28,13 @@ def test_the_operation_is_named_and_stacks_are_written(tmp_path, capfd):
     stacks = (tmp_path / "hang" / "rank-00000.stacks.txt").read_text()
     assert "test_watchdog.py" in stacks
     assert "Thread" in stacks
+    assert "version" in json.loads((tmp_path / "hang" / "rank-00000.gloo.json").read_text())
+
+
+def test_a_rank_that_hangs_on_a_full_disk_is_ended_all_the_same(tmp_path, capfd):
+    (tmp_path / "hang").write_text("a file where the folder should be")
+    said = told(tmp_path / "hang", capfd, "step 3: update")
+    assert f"stacks could not be written: File exists ({tmp_path}/hang)" in said
 
 
 def test_progress_keeps_it_quiet_and_closing_ends_it(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringspan.train.metrics import write_json
+from ringspan.train.files import why, write_json
 
 MEMORY = 0.98  # of the mean and the spread: the last 50 logged losses
 LEARNED = 20  # logged losses before one can be a spike
@@ -73,12 +73,17 @@ def statistics(x: Tensor) -> dict[str, float]:
 
 
 def report(path: Path, facts: dict[str, Any], ranks: list[list[dict[str, Any]]]) -> str:
-    """Write what every rank's micro-batches did, and say where the first number that is not finite came from.
+    """Write what every rank's micro-batches did; where the first number that is not finite came from, and the file.
 
     Each micro-batch is {"rows": ..., "loss": ..., "layers": what `watched` gave}.
     """
-    write_json(path, {**facts, "ranks": [{"rank": rank, "micro_batches": seen} for rank, seen in enumerate(ranks)]})
-    return first_not_finite(ranks) or "in no layer when computed again"
+    first = first_not_finite(ranks) or "in no layer when computed again"
+    told = [{"rank": rank, "micro_batches": seen} for rank, seen in enumerate(ranks)]
+    try:
+        write_json(path, {**facts, "ranks": told})
+    except OSError as error:
+        return f"{first}; the layers could not be written: {why(error, path)}"
+    return f"{first}; all layers are in {path}"
 
 
 def first_not_finite(ranks: list[list[dict[str, Any]]]) -> str | None:

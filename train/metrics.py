@@ -8,10 +8,10 @@ import platform
 import re
 import resource
 import secrets
-import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from importlib.metadata import distributions
@@ -20,7 +20,9 @@ from typing import Any, TextIO
 
 import torch
 
+from ringspan.train.files import Lines, keep_until, replace, why, write_json
 from ringspan.train.measured import Measured
+from ringspan.train.progress import Progress, in_words
 
 GIB = 2**30
 METRICS = (
@@ -158,6 +160,9 @@ def versions() -> dict[str, str]:
 class RunLog:
     """The log of one run in ``run_dir``. A no-op on every rank but 0.
 
+    A disk that is full when the run starts is a ValueError. Later it ends no run: it is told once, lines wait in memory
+    until there is room, and W&B, which drops what it cannot write, is told to be without them.
+
     Args:
         config: the TrainConfig, as it was checked.
         first_step: steps already done. 0 starts a fresh log and a new W&B run; else lines of later steps, which the
@@ -171,12 +176,15 @@ class RunLog:
         if not self.active:
             return
         self.folder, self.steps, self.config = Path(run_dir), config.steps, plain(asdict(config))
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.progress = Progress(config.steps, stream or sys.stdout)
-        for name in ("metrics.jsonl", "evaluations.jsonl"):
-            keep_until(self.folder / name, first_step)
-        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - until close()
-        self.wandb = start_wandb(self.folder, self.config, config.logger, fresh=first_step == 0)
+        self.problem: str | None = None  # that the user has been told of
+        with needing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                keep_until(self.folder / name, first_step)
+            self.lines = Lines(self.folder / "metrics.jsonl")
+            self.evaluations = Lines(self.folder / "evaluations.jsonl")
+            self.wandb = start_wandb(self.folder, self.config, config.logger, fresh=first_step == 0)
 
     def banner(self, facts: Mapping[str, Any]) -> None:
         """Print ``facts`` (what was picked, the mesh, sizes) once, and keep them with the configuration and versions.
@@ -187,7 +195,8 @@ class RunLog:
             return
         said = plain(dict(facts))
         started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
-        write_json(self.folder / "run.json", {"config": self.config, "versions": versions(), **started, **said})
+        with needing(self.folder):
+            write_json(self.folder / "run.json", {"config": self.config, "versions": versions(), **started, **said})
         self.wandb.config.update({"run": said}, allow_val_change=True)
         for name, value in {**said, "wandb": self._wandb_place(), "folder": str(self.folder)}.items():
             self.progress.say(f"{name:>12}  {in_words(value)}")
@@ -203,24 +212,51 @@ class RunLog:
             return
         assert tuple(record) == METRICS, set(record) ^ set(METRICS)
         finite = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
-        self.file.write(json.dumps(finite) + "\n")  # NaN and infinity, which JSON has not, are null
-        self.file.flush()
-        self.wandb.log({name: value for name, value in record.items() if value is not None})
+        self._tell(self.lines.add(json.dumps(finite)))  # NaN and infinity, which JSON has not, are null
+        self._to_wandb(lambda run: run.log({name: value for name, value in record.items() if value is not None}))
         self.progress.step(record)
 
     def evaluation(self, step: int, tokens: int, measured: Measured) -> None:
         if not self.active:
             return
-        measured.write(self.folder, step, tokens)
-        self.wandb.log({"tokens": tokens, **measured.numbers(), **measured.plots()})
+        problem = self.evaluations.add(json.dumps({"step": step, "tokens": tokens, **measured.record()}))
+        self._tell(problem or self._draw(measured.drawings()))
+        self._to_wandb(lambda run: run.log({"tokens": tokens, **measured.numbers(), **measured.plots()}))
         self.progress.say(f"step {step}: {measured.in_words()}")
+
+    def _draw(self, pictures: dict[str, str]) -> str | None:
+        for name, picture in pictures.items():
+            path = self.folder / name
+            try:
+                replace(path, picture)
+            except OSError as error:
+                return why(error, path)
+        return None
+
+    def _tell(self, problem: str | None) -> None:
+        """Of a problem with the disk, when it comes and when it has gone."""
+        if problem and not self.problem:
+            wandb = "; W&B may miss them" if self.wandb and not self.wandb.disabled else ""
+            self.progress.say(f"log: {problem}; training goes on, and lines wait in memory until there is room{wandb}")
+        if self.problem and not problem:
+            self.progress.say("log: there is room again, and every line is written")
+        self.problem = problem
+
+    def _to_wandb(self, act: Callable[[Any], object]) -> None:
+        if self.wandb is None:
+            return
+        try:
+            act(self.wandb)
+        except OSError as error:  # its own process has gone
+            self.wandb = None
+            self.progress.say(f"W&B has stopped ({error}); training goes on, and metrics.jsonl has every step")
 
     def verdict(self, loss: float, unigram_entropy: float) -> None:
         """The last loss against what a model would reach that knows token frequencies and no context."""
         if not self.active:
             return
         sign, meaning = ("<", "context helps") if loss < unigram_entropy else (">=", "no use of context yet")
-        self.wandb.summary["unigram_entropy"] = unigram_entropy
+        self._to_wandb(lambda run: run.summary.update({"unigram_entropy": unigram_entropy}))
         self.progress.say(f"loss {loss:.3f} {sign} unigram entropy {unigram_entropy:.3f} nats a token: {meaning}")
 
     def say(self, line: str) -> None:
@@ -231,83 +267,23 @@ class RunLog:
     def close(self) -> None:
         if not self.active:
             return
+        problems = {lines: lines.flush() for lines in (self.lines, self.evaluations)}
+        for lines, problem in problems.items():
+            if problem:
+                self.progress.say(f"log: {problem}; its last {len(lines.waiting.splitlines())} lines are lost")
+        if not any(problems.values()):
+            self._tell(None)
         self.progress.end()
-        self.file.close()
-        self.wandb.finish()
+        self._to_wandb(lambda run: run.finish())
 
 
-class Progress:
-    """One line a logged step: rewritten in place on a terminal, one after the other elsewhere."""
-
-    def __init__(self, steps: int, stream: TextIO) -> None:
-        self.steps, self.stream = steps, stream
-        self.live = stream.isatty()
-        self.open_line = False
-        self.seconds: float | None = None  # a step, smoothed; the first one, with its compilations, is left out
-        self.logged = 0
-
-    def step(self, record: Record) -> None:
-        self._learn(record)
-        line = progress_line(record, self.steps, self._time_left(record))
-        if not self.live:
-            self.say(line)
-            return
-        width = shutil.get_terminal_size().columns - 1
-        self.stream.write(f"\r\x1b[2K{line[:width]}")  # back to the start, and clear what stood there
-        self.stream.flush()
-        self.open_line = True
-
-    def _learn(self, record: Record) -> None:
-        seconds = record["perf/step_seconds"] or 0.0
-        self.logged += 1
-        if self.seconds is None or self.logged == 2:
-            self.seconds = seconds
-        self.seconds += 0.1 * (seconds - self.seconds)
-
-    def _time_left(self, record: Record) -> float:
-        return (self.steps - (record["step"] or 0)) * (self.seconds or 0.0)
-
-    def say(self, line: str) -> None:
-        self.end()
-        self.stream.write(line + "\n")
-        self.stream.flush()
-
-    def end(self) -> None:
-        if self.open_line:
-            self.stream.write("\n")
-        self.open_line = False
-
-
-def progress_line(record: Record, steps: int, seconds_left: float) -> str:
-    r = {name: math.nan if value is None else value for name, value in record.items()}
-    mfu = f" | mfu {r['perf/mfu']:5.1%}" if record["perf/mfu"] is not None else ""
-    waiting = r["perf/data_seconds"] / max(r["perf/step_seconds"], 1e-9)
-    return (
-        f"step {int(r['step']):>{len(str(steps))}}/{steps} | loss {r['train/loss']:.4f} | lr {r['train/lr']:.2e}"
-        f" | norm {r['train/grad_norm']:.2f} | {r['perf/tokens_per_second_per_gpu']:,.0f} tok/s/gpu{mfu}"
-        f" | mem {r['memory/peak_reserved_gib']:.1f} GiB | data {waiting:.1%} | {r['perf/step_seconds']:.2f} s"
-        f" | {short_count(r['tokens'])} tok | eta {short_time(seconds_left)}"
-    )
-
-
-def short_count(n: float) -> str:
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if n >= unit:
-            return f"{n / unit:.1f}{name}"
-    return f"{n:.0f}"
-
-
-def short_time(seconds: float) -> str:
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    if hours:
-        return f"{hours}h{minutes % 60:02}m"
-    return f"{minutes}m{round(seconds) % 60:02}s" if minutes else f"{seconds:.0f}s"
-
-
-def in_words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {in_words(part)}" for name, part in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+@contextmanager
+def needing(folder: Path) -> Iterator[None]:
+    """ValueError, instead of an OSError: the log of a run cannot be begun."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"run_dir={folder}: {why(error, folder)}; make room, or give another") from error
 
 
 def plain(value: Any) -> Any:
@@ -319,32 +295,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after ``step``, and a last line that a kill has cut."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-    replace(path, "".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf
-
-
-def write_json(path: Path, value: object) -> None:
-    replace(path, json.dumps(value, indent=1) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write all of a file or nothing."""
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(text, encoding="utf-8")
-    os.replace(half, path)
 
 
 def start_wandb(folder: Path, config: dict[str, Any], logger: LoggerConfig, *, fresh: bool) -> Any:

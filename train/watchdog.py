@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
+from ringspan.train.files import why
+
 FIRST_STEP = 10  # times the limit: libraries load, kernels compile, and ranks do so at their own speed
 ANSWER_SECONDS = 10.0  # after which a rank that has not told where it is counts as stopped
 SLOW = 10  # a phase may take this many times as long as the longest one yet
@@ -80,20 +82,26 @@ class Watchdog:
                 return
 
     def _tell(self) -> None:
+        waited = time.monotonic() - self.since
+        try:
+            self._record()
+            recorded = f"stacks are in {self.folder}"
+        except OSError as error:  # a full disk must not keep a rank that hangs
+            recorded = f"stacks could not be written: {why(error, self.folder)}"
+        print(self._verdict(waited, recorded), file=sys.stderr, flush=True)
+        self.leave()
+
+    def _record(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         place = self.folder / f"rank-{self.rank:05d}"
         with open(place.with_suffix(".stacks.txt"), "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        if recorded := flight_record():
-            place.with_suffix(".flight.json").write_bytes(recorded)
-        print(self._verdict(), file=sys.stderr, flush=True)
-        self.leave()
+        for backend, recorded in flight_records().items():
+            place.with_suffix(f".{backend}.json").write_bytes(recorded)
 
-    def _verdict(self) -> str:
-        waited = time.monotonic() - self.since
+    def _verdict(self, waited: float, recorded: str) -> str:
         mine = f"hang: rank {self.rank} has been in {self.what!r} for {waited:.0f} s"
-        behind = self._behind()
-        return f"{mine}; {behind}; stacks are in {self.folder}; slow steps are allowed by a higher train.hang_seconds"
+        return f"{mine}; {self._behind()}; {recorded}; slow steps are allowed by a higher train.hang_seconds"
 
     def _behind(self) -> str:
         """Which rank the others wait for. Those that hang in Python tell; those that are stopped or gone do not."""
@@ -116,9 +124,9 @@ class Watchdog:
         return [rank for rank in range(self.world) if store.check([f"hang/{rank}"])]
 
 
-def flight_record() -> bytes | None:
-    """PyTorch's record of the last collectives, where it keeps one (TORCH_FR_BUFFER_SIZE, NCCL)."""
+def flight_records() -> dict[str, bytes]:
+    """PyTorch's records of the last collectives, JSON by backend, where it keeps them (TORCH_FR_BUFFER_SIZE)."""
     from torch._C import _distributed_c10d as c10d  # noqa: PLC0415 - not in every build of torch
 
-    dump = getattr(c10d, "_dump_fr_trace_json", None) or getattr(c10d, "_dump_nccl_trace_json", None)
-    return dump() if dump else None
+    dumps = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}  # a recorder each
+    return {backend: getattr(c10d, name)() for backend, name in dumps.items() if hasattr(c10d, name)}
