@@ -146,10 +146,13 @@ def with_hydra(task: Task) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         say(explain(error))
         return 1
-    except Exception:
-        if not failed:
+    except Exception as error:
+        if failed:
+            say(f"failed, {len(failed)} of the sweep: {', '.join(failed)}")
+        elif isinstance(error, OSError):  # Hydra keeps a copy of the command in the run's folder
+            say(f"run_dir: {error.strerror} ({error.filename}); give a folder that can be written")
+        else:
             raise
-        say(f"failed, {len(failed)} of the sweep: {', '.join(failed)}")
         return 1
     return 0
 

@@ -19,9 +19,9 @@ from ringspan.kernels.spans import Spans
 if TYPE_CHECKING:
     from ringspan.parallel.layout import Layout
 
-# What a tile of keys on the wire costs, in computed tiles. Attention slowed down by 5 % beside 64 MiB from the copy engine
-# on H100, which is 2.7 tiles a tile of keys for 8 kv heads of 32; on 2 H200 the fit of docs/scaling.md sees nothing of
-# it. It counts for little here: of layouts about as even, the one that sends less.
+# What a tile of keys on the wire costs, in computed tiles. Attention slowed down by 5 % beside 64 MiB from the copy
+# engine on H100, which is 2.7 tiles a tile of keys for 8 kv heads of 32; on 2 H200 the fit of docs/scaling.md sees
+# nothing of it. It counts for little here: of layouts about as even, the one that sends less.
 WIRE = 0.5
 ENOUGH = 0.02  # of the least possible cost: a layout that is so near to it is not searched on
 STEADY = 0.01  # lock-step imbalance at which the search is done

@@ -4,6 +4,7 @@ them, what others need of ours, and the mask between."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,10 @@ class Runs:
 
     def __len__(self) -> int:
         """Rows in all."""
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> int:
         return sum(stop - start for start, stop in self.edges)
 
     def take(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def composed(*overrides: str, config_name: str = "train") -> TrainConfig:
 
 
 def test_there_is_a_folder_for_every_part():
-    assert set(GROUPS) == {*PARTS, "experiment", "hydra"}
+    assert set(GROUPS) == {*PARTS, "experiment", "hydra", "machine"}
 
 
 @pytest.mark.parametrize("option", [f"{group}={file}" for group in (*PARTS, "experiment") for file in GROUPS[group]])

@@ -1,4 +1,6 @@
+import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +9,9 @@ import torch.nn.functional as F
 
 from ringspan.kernels.attention import attention
 from ringspan.kernels.spans import Spans
+from ringspan.train.activations import Activations, Policy
 from ringspan.train.engine import Dtype, Engine, EngineConfig, deepspeed_settings, import_deepspeed
-from ringspan.train.model import GPT, Activations, ModelConfig
+from ringspan.train.model import GPT, ModelConfig
 from ringspan.train.optim import OptimConfig, adamw, learning_rate
 
 VOCABULARY, ROWS, TOKENS, STEPS = 40, 4, 12, 5
@@ -19,7 +22,7 @@ CLIP = 0.4
 
 def build(device, dtype, activations=Activations.keep, tied=False):
     config = ModelConfig(dim=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, mlp_dim=24, tie_embeddings=tied)
-    return GPT(config, VOCABULARY, attention, activations, device=device, dtype=dtype)
+    return GPT(config, VOCABULARY, attention, Policy(activations=activations), device=device, dtype=dtype)
 
 
 def batches():
@@ -39,7 +42,7 @@ def inputs(tokens, labels):
 def plain_training(tied):
     """[(loss, gradient norm)] of AdamW and clipping in plain PyTorch on all rows, and the weights."""
     model = build("cpu", torch.float32, tied=tied)
-    optimizer, curve = adamw(model.parameters(), OPTIM, torch.device("cpu")), []
+    optimizer, curve = adamw(model.parameters(), OPTIM), []
     for step, (tokens, labels) in enumerate(batches(), start=1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OPTIM, step, STEPS)
@@ -52,10 +55,10 @@ def plain_training(tied):
     return curve, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def train(zero, accumulation, dtype, activations, tied):
+def train(zero, accumulation, dtype, activations, tied, **offloaded):
     """On a rank: the same by the engine, each rank on its rows."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    config = EngineConfig(zero=zero, clip=CLIP, dtype=Dtype(dtype))
+    config = EngineConfig(zero=zero, clip=CLIP, dtype=Dtype(dtype), **offloaded)
     engine = Engine(lambda *at: build(*at, activations, tied), config, OPTIM, accumulation, torch.device("cpu"))
     curve = []
     for step, (tokens, labels) in enumerate(batches(), start=1):
@@ -88,6 +91,55 @@ def test_every_stage_is_plain_pytorch(zero, ranks):
         assert got == [pytest.approx(step, rel=1e-5) for step in curve]  # fp32: sums in another order
         for name, value in end.items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+OPTIMIZER, BOTH = {"offload_optimizer": True}, {"offload_optimizer": True, "offload_parameters": True}
+
+
+@pytest.mark.parametrize(
+    ("zero", "dtype", "offloaded"), [(1, "bf16", OPTIMIZER), (2, "fp32", OPTIMIZER), (3, "fp32", BOTH)]
+)
+def test_updates_on_the_host_are_those_on_the_device(zero, dtype, offloaded, ranks):
+    for accumulation in (1, 2):
+        results = [
+            ranks(2)(functools.partial(train, **where), zero, accumulation, dtype, Activations.keep, False, timeout=200)
+            for where in (offloaded, {})
+        ]
+        for (there, end), (here, expected) in zip(*results, strict=True):
+            # the same fp32 update of the same gradients, but for sums over parameters in another order
+            assert there == [pytest.approx(step, rel=1e-5 if dtype == "fp32" else 1e-2) for step in here]
+            for name, value in end.items():
+                eps = torch.finfo(value.dtype).eps
+                torch.testing.assert_close(value, expected[name], rtol=8 * eps, atol=8 * eps * 0.1, msg=name)
+
+
+def resumed(zero, offloaded):
+    """Norm and weights of a third step, gone on with: in the same engine, and in one that offloads nothing."""
+    steps = list(batches())[:3]
+    engine = Engine(build, EngineConfig(zero=zero, **offloaded), OPTIM, 1, torch.device("cpu"))
+
+    def step(engine, tokens, labels):
+        engine.backward(engine.loss_sum(*inputs(tokens, labels)), (labels >= 0).sum(), last=True)
+        return engine.step(1e-2)
+
+    for one in steps[:2]:
+        step(engine, *one)
+    saved = {(kind, name): x.clone() for kind, name, _, x in engine.state.to_save()}
+    other = Engine(build, EngineConfig(zero=1), OPTIM, 1, torch.device("cpu"))
+    source = SimpleNamespace(read=lambda kind, name, start, stop: saved[kind, name][start:stop])
+    other.state.restore(source, {kind for kind, _ in saved}, engine.state.scalars())
+    back = Engine(build, EngineConfig(zero=zero, **offloaded), OPTIM, 1, torch.device("cpu"))
+    back.state.restore(source, {kind for kind, _ in saved}, engine.state.scalars())
+    return [(step(one, *steps[2]), weights(one)) for one in (engine, other, back)]
+
+
+@pytest.mark.parametrize(("zero", "offloaded"), [(2, OPTIMIZER), (3, BOTH)])
+def test_state_on_the_host_is_written_and_read_as_any_other(zero, offloaded, ranks):
+    ((norm, expected), *others) = ranks(1)(resumed, zero, offloaded, timeout=200)[0]
+    for again, found in others:
+        assert again == pytest.approx(norm, rel=1e-6)
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_bf16_follows_fp32_at_every_stage(ranks):
@@ -204,6 +256,8 @@ def test_what_deepspeed_gets_wrong_is_refused():
     [
         (lambda: EngineConfig(zero=4), r"engine\.zero=4: must be 0, 1, 2 or 3"),
         (lambda: EngineConfig(clip=-1), r"engine\.clip=-1: must be 0"),
+        (lambda: EngineConfig(zero=0, offload_optimizer=True), r"engine\.offload_optimizer=true: needs engine\.zero=1"),
+        (lambda: EngineConfig(offload_parameters=True), r"engine\.offload_parameters=true: needs .*=3, and it is 1"),
         (lambda: OptimConfig(lr=0), r"optim\.lr=0: must be above 0"),
         (lambda: OptimConfig(beta2=1), r"optim\.beta2=1: must be 0 or more and below 1"),
         (lambda: OptimConfig(min_lr=1.5), r"optim\.min_lr=1\.5: .* from 0 to 1"),
@@ -228,7 +282,7 @@ def test_learning_rate_rises_linearly_and_falls_by_a_cosine():
 def test_only_matrices_decay_and_every_setting_arrives():
     config = OptimConfig(lr=0.1, beta1=0.5, beta2=0.6, eps=0.7, weight_decay=0.8)
     model = build("cpu", torch.float32)
-    matrices, vectors = adamw(model.parameters(), config, torch.device("cpu")).param_groups
+    matrices, vectors = adamw(model.parameters(), config).param_groups
     assert {p.dim() for p in matrices["params"]} == {2}
     assert {p.dim() for p in vectors["params"]} == {1}
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.8, 0.0)

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, silu
 
-from ringspan.kernels import torch_backend
 from ringspan.kernels.attention import attention
 from ringspan.kernels.spans import Spans
-from ringspan.train.model import GPT, Activations, ModelConfig
+from ringspan.train.model import GPT, ModelConfig
 from ringspan.train.rotary import Rope
 
 VOCABULARY = 61
@@ -27,8 +26,8 @@ def batch(lengths, seed=0):
     return tokens, labels, positions, Spans.packed(lengths)
 
 
-def model(config, activations=Activations.keep, dtype=torch.float64, **kwargs):
-    return GPT(config, VOCABULARY, attention, activations, dtype=dtype, **kwargs)
+def model(config, dtype=torch.float64, **kwargs):
+    return GPT(config, VOCABULARY, attention, dtype=dtype, **kwargs)
 
 
 def plain_gpt(c, p, tokens, labels, positions, documents):
@@ -86,48 +85,6 @@ def test_loss_and_all_gradients_equal_a_plain_gpt(changes):
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for name, value in gpt.named_parameters():
         torch.testing.assert_close(value.grad, p[name].grad, rtol=1e-9, atol=1e-11, msg=name)
-
-
-def count_attention(monkeypatch):
-    calls = []
-    real = torch_backend.forward
-    monkeypatch.setattr(torch_backend, "forward", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("activations", "runs"),
-    [(Activations.keep, 1), (Activations.recompute, 2), (Activations.recompute_keep_attention, 1)],
-)
-def test_activations_give_the_same_gradients_and_attend_as_often_as_they_say(activations, runs, monkeypatch):
-    inputs = batch([[9, 4]])
-    kept, other = model(config()), model(config(), activations)
-    kept(*inputs).backward()
-    calls = count_attention(monkeypatch)
-    loss = other(*inputs)
-    loss.backward()
-    assert len(calls) == runs * config().n_layers
-    for ours, theirs in zip(other.parameters(), kept.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-
-
-def saved_bytes(activations):
-    gpt = model(config(n_layers=4), activations)
-    inputs = batch([[64]])
-    largest = 0
-
-    def pack(x):
-        nonlocal largest
-        largest += 0 if isinstance(x, torch.nn.Parameter) else x.numel() * x.element_size()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        gpt(*inputs)
-    return largest
-
-
-def test_recomputing_keeps_less():
-    assert saved_bytes(Activations.recompute) < saved_bytes(Activations.keep) / 5
 
 
 def test_weights_come_from_the_seed_alone():

@@ -22,7 +22,7 @@ from ringspan.train.data import check as check_data
 from ringspan.train.engine import EngineConfig
 from ringspan.train.evaluate import EvaluationConfig
 from ringspan.train.initial import find_weights
-from ringspan.train.loop import LoopConfig
+from ringspan.train.loop_config import LoopConfig
 from ringspan.train.metrics import LoggerConfig
 from ringspan.train.model import ModelConfig
 from ringspan.train.optim import OptimConfig

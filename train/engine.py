@@ -36,12 +36,18 @@ class EngineConfig:
     zero: int = 1  # DeepSpeed's stage: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters too
     dtype: Dtype = Dtype.auto  # of parameters and activations; the optimizer's copy is always fp32
     clip: float = 1.0  # largest norm of the whole gradient; 0 does not clip
+    offload_optimizer: bool = False  # fp32 weights and moments are the host's, and it computes the update
+    offload_parameters: bool = False  # ZeRO-3's shards of the parameters too: a layer is on the device while it runs
 
     def __post_init__(self) -> None:
         if self.zero not in range(4):
             raise ValueError(f"engine.zero={self.zero}: must be 0, 1, 2 or 3")
         if self.clip < 0:
             raise ValueError(f"engine.clip={self.clip}: must be 0 (no clipping) or more")
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError("engine.offload_optimizer=true: needs engine.zero=1, 2 or 3, and it is 0")
+        if self.offload_parameters and self.zero != 3:
+            raise ValueError(f"engine.offload_parameters=true: needs engine.zero=3, and it is {self.zero}")
         self.resolve("cpu")
 
     def resolve(self, device_type: str) -> torch.dtype:
@@ -68,6 +74,10 @@ class Engine:
         self.dtype = config.resolve(device.type)
         settings = deepspeed_settings(config, self.dtype, accumulation)
         deepspeed = import_deepspeed(device)
+        if config.offload_optimizer and device.type == "cuda":
+            # The update is the host's work, and torchrun gives a process one thread: all cores, shared by its GPUs
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
         # No dtype here: given one, DeepSpeed makes every parameter bf16 on a device without fp16, whatever it says.
         with deepspeed.zero.Init(config_dict_or_path=settings, tensor_overrides=(), enabled=config.zero == 3):
             model = build(device, self.dtype)
@@ -77,7 +87,7 @@ class Engine:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = max(
             shape.numel() for shape in shapes if len(shape) < 2
         )
-        optimizer = adamw(model.parameters(), optim, device)
+        optimizer = adamw(model.parameters(), optim)
         with redirect_stdout(io.StringIO()):  # one of its optimizers prints how much memory there is, eight times
             self.deepspeed: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -129,7 +139,11 @@ class Engine:
         return torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters()])
 
 
+HOST = {"device": "cpu", "pin_memory": True}
+
+
 def deepspeed_settings(config: EngineConfig, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
+    offloaded = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
     return {
         # Rows of a micro-batch are ours to count: to DeepSpeed, sequence shards would be samples.
         "train_micro_batch_size_per_gpu": 1,
@@ -141,7 +155,10 @@ def deepspeed_settings(config: EngineConfig, dtype: torch.dtype, accumulation: i
         "data_types": {"grad_accum_dtype": "fp32" if accumulation > 1 else None},
         "zero_optimization": {
             "stage": config.zero,
+            "reduce_bucket_size": 10**8,  # elements; by default 1 GB in bf16, and twice that again to sum them in fp32
+            "leaf_module": {"classes": ["ringspan.train.model.Layer"]},  # ZeRO-3 gathers a layer at once
             "memory_efficient_linear": False,  # would replace torch's linear for the whole process; ours needs no help
+            **{name: HOST for name, wanted in offloaded.items() if wanted},
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own are compiled on first use
         "zero_force_ds_cpu_optimizer": False,
@@ -179,6 +196,9 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     message = r".*(reduce_scatter_tensor|all_gather_into_tensor).*deprecated"
     warnings.filterwarnings("ignore", message, category=FutureWarning)
     deepspeed = importlib.import_module("deepspeed")
+    # Its Muon, which is not used here, asks for torch.compile when it is imported: Inductor then loads, for 2 s a rank.
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compiler.compile = lambda: lambda function: function
     # On a CPU DeepSpeed would build a C++ all-reduce for inference with g++, for a minute, and never use it here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
-from ringspan.train import checkpoint, manifest
+from ringspan.train import budget, checkpoint, manifest
 from ringspan.train.agree import any_rank, from_rank_zero, of_every_rank
 from ringspan.train.checkpoint import Checkpointer
 from ringspan.train.data import prepare
@@ -24,8 +24,9 @@ from ringspan.train.engine import Engine, deterministic
 from ringspan.train.evaluate import Evaluation
 from ringspan.train.health import Spikes, report, watched
 from ringspan.train.initial import open_weights
+from ringspan.train.layer import CompileClock
 from ringspan.train.metrics import RunLog, flops_per_step, plain, record
-from ringspan.train.model import GPT, Activations
+from ringspan.train.model import GPT
 from ringspan.train.optim import learning_rate
 from ringspan.train.phases import Phase, phase_at
 from ringspan.train.rows import Text, packing_facts
@@ -37,48 +38,19 @@ if TYPE_CHECKING:
     from ringspan.train.config import TrainConfig  # which needs LoopConfig
 
 
-class Backend(str, Enum):
-    auto = "auto"  # the fastest that can run: hopper, triton, torch
-    torch = "torch"
-    triton = "triton"
-    hopper = "hopper"
-
-
-@dataclass(kw_only=True)
-class LoopConfig:
-    micro_batch: int = 1  # rows of each data group in one forward
-    accumulation: int = 1  # forwards of one update
-    activations: Activations = Activations.keep  # what a layer keeps for backward
-    attention: Backend = Backend.auto
-    log_every: int = 1  # steps
-    save_every: int = 0  # steps between checkpoints; 0: only at the end
-    keep: int = 3  # newest checkpoints to keep; 0: all
-    keep_every: int = 0  # checkpoints at multiples of so many steps stay for good; 0: none
-    keep_best: bool = False  # the checkpoint of the lowest logged loss stays too
-    skip_limit: int = 5  # steps in a row without a finite gradient, after which the run stops
-    max_hours: float = 0.0  # of wall clock; then the run saves and leaves as at a SIGTERM; 0: no limit
-    hang_seconds: float = 600.0  # without progress, after which the run ends and says who hangs; 0: never
-
-    def __post_init__(self) -> None:
-        at_least_one, not_negative = ("micro_batch", "accumulation", "log_every", "skip_limit"), ("save_every", "keep")
-        rules = [(name, 1) for name in at_least_one] + [
-            (name, 0) for name in (*not_negative, "keep_every", "max_hours", "hang_seconds")
-        ]
-        for name, least in rules:
-            if getattr(self, name) < least:
-                raise ValueError(f"train.{name}={getattr(self, name)}: must be {least} or more")
-
-
 def train(config: TrainConfig, run_dir: str) -> float:
     """Train to ``config.steps``, all ranks of the default group together; the last step's loss.
 
     SIGTERM, SIGINT and the wall-clock limit end the step, save and raise SystemExit(0). ValueError: data, a checkpoint
-    or sizes that do not fit, a folder that cannot be written, or gradients that are no longer finite.
+    or sizes that do not fit, a GPU's memory among them, a folder that cannot be written, or gradients that are no
+    longer finite.
     """
     with signals() as stop, deterministic(config.deterministic):
+        torch.manual_seed(config.seed)  # checkpoints hold torch's random states
         trainer = Trainer(config, run_dir)
         try:
-            return trainer.run(stop)
+            with trainer.memory_explained():
+                return trainer.run(stop)
         finally:
             trainer.close()
 
@@ -113,7 +85,11 @@ class Trainer:
         self.attend = SequenceAttention(self.mesh, p.layout.value, backend, strategy=strategy)
         longest = max([config.seq_len, *(phase.seq_len for phase in config.phases)])
         self.picked = self.attend.pick(self.query(), kv_heads=m.n_kv_heads, seq_len=longest)
-        self.engine = Engine(self.build, config.engine, config.optim, config.train.accumulation, self.device)
+        self.compiling = CompileClock()
+        self.job = budget.job_of(config, self.mesh.world, self.vocab_size, self.device.type)
+        self.machine = budget.machine_here(self.device, self.mesh.world)
+        with self.memory_explained():
+            self.engine = Engine(self.build, config.engine, config.optim, config.train.accumulation, self.device)
         if self.resumed:
             checkpoint.load(self.engine.state, self.resumed, self.device)
         elif self.initial:
@@ -129,6 +105,9 @@ class Trainer:
         self.logged_step = self.done.step
         self.seconds = self.data_seconds = self.save_seconds = 0.0  # of the steps since then
         self.skipped_in_a_row, self.spikes = 0, Spikes()
+
+    def memory_explained(self) -> AbstractContextManager[None]:
+        return budget.explained(self.job, self.machine, lambda: f"step {self.done.step + 1}")
 
     def watchdog(self) -> Watchdog:
         store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
@@ -176,10 +155,12 @@ class Trainer:
             "mesh": {"data": self.mesh.data, "ring": self.mesh.ring, "ulysses": self.mesh.ulysses},
             "attention": self.picked,
             "engine": {"device": device, "dtype": str(self.engine.dtype), "zero": c.engine.zero},
+            "layers": {name: str(getattr(x, "value", x)) for name, x in vars(c.train.policy(self.device.type)).items()},
             "step": {
                 "rows": self.batches.rows_of_a_step,
                 "tokens": self.batches.rows_of_a_step * self.phase.seq_len,
             },
+            "memory": budget.in_words(self.job, self.machine),
             "first_micro_batch": self.batches.facts(self.done.rows_seen),
             "resumed": str(self.resumed) if self.resumed else "no",
             **({"init": c.init} if self.initial and not self.resumed else {}),
@@ -209,7 +190,9 @@ class Trainer:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> GPT:
         c = self.config
-        return GPT(c.model, self.vocab_size, self.attend, c.train.activations, seed=c.seed, device=device, dtype=dtype)
+        drawn: dict[str, Any] = {"seed": c.seed, "device": device, "dtype": dtype}
+        policy = c.train.policy(device.type)
+        return GPT(c.model, self.vocab_size, self.attend, policy, z_loss=c.train.z_loss, **drawn)
 
     def run(self, stop: Callable[[], bool]) -> float:
         c = self.config
@@ -231,6 +214,8 @@ class Trainer:
         started = time.perf_counter()
         result = self.step()
         self.seconds += time.perf_counter() - started  # the gradient's norm has waited for the device
+        if seconds := self.compiling.news():
+            self.log.say(f"step {self.done.step}: {seconds:.1f} s of it were torch.compile's")
         self.watch.settle()
         return result
 
@@ -299,8 +284,8 @@ class Trainer:
         ranks, facts = of_every_rank(seen), {"step": step, "lr": self.lr(), "label_tokens": int(tokens)}
         where = from_rank_zero(lambda: report(path, facts, ranks))
         return (
-            f"step {step}: the gradient norm is not finite, in {self.skipped_in_a_row} steps in a row ({where}; all "
-            f"layers are in {path}); lower optim.lr (now {self.config.optim.lr}) or raise optim.warmup_steps"
+            f"step {step}: the gradient norm is not finite, in {self.skipped_in_a_row} steps in a row ({where}); "
+            f"lower optim.lr (now {self.config.optim.lr}) or raise optim.warmup_steps"
         )
 
     def advance(self) -> None:

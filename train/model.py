@@ -6,18 +6,16 @@ says what they may attend to. So the same model runs on one device and on any me
 Shapes: B rows, S tokens of this rank, H query heads, K key-value heads, D head dim.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ringspan.train.activations import Layers, Policy
+from ringspan.train.layer import LayerWeights, Sizes
 from ringspan.train.loss import cross_entropy_sum, token_losses
 from ringspan.train.rotary import Rope, Scaling
 
@@ -27,14 +25,6 @@ EMBEDDING_STD = 1.0
 
 # (q (B,S,H,D), k (B,S,K,D), v, ring_plan) -> (B,S,H,D)
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-
-
-class Activations(str, Enum):
-    """What a layer keeps from forward for backward."""
-
-    keep = "keep"  # everything
-    recompute = "recompute"  # its input; forward runs again in backward, ring included
-    recompute_keep_attention = "recompute_keep_attention"  # its input and attention's (out, lse): no ring runs twice
 
 
 @dataclass(kw_only=True)
@@ -113,8 +103,16 @@ class Weights:
         return nn.Parameter(torch.ones(n, device=self.device, dtype=self.dtype))
 
 
+class Matrix(nn.Module):
+    """The weight of a matrix product, (n_out, n_in)."""
+
+    def __init__(self, n_in: int, n_out: int, weights: Weights, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weights.normal(n_out, n_in, scale * n_in**-0.5)
+
+
 class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467), computed in fp32."""
+    """RMSNorm, computed in fp32; within a layer its weight alone counts."""
 
     def __init__(self, n: int, eps: float, weights: Weights) -> None:
         super().__init__()
@@ -124,65 +122,26 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Linear(nn.Module):
-    """x weight^T, weight (n_out, n_in)."""
-
-    def __init__(self, n_in: int, n_out: int, weights: Weights, scale: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weights.normal(n_out, n_in, scale * n_in**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self.weight)
-
-
-class _Product(torch.autograd.Function):
-    """F.linear that saves the parameter itself. F.linear saves a view of it, which under ZeRO-3 keeps every
-    gathered weight alive until backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x @ weight.T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return dy @ weight, dy.flatten(0, -2).T @ x.flatten(0, -2)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()
-        self.heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
-        self.head_dim = config.head_dim
-        self.qkv = Linear(config.dim, sum(self.heads) * config.head_dim, weights)
-        self.out = Linear(config.n_heads * config.head_dim, config.dim, weights, scale=residual_scale(config))
-        self.q_norm: nn.Module = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else nn.Identity()
-        self.k_norm: nn.Module = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q_BSHD, k_BSKD, v_BSKD = qkv.split(self.heads, dim=2)
-        q_BSHD = rotate(self.q_norm(q_BSHD), cos, sin)
-        k_BSKD = rotate(self.k_norm(k_BSKD), cos, sin)
-        return self.out(attend(q_BSHD, k_BSKD, v_BSKD).flatten(2))
+        heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = Matrix(config.dim, heads * config.head_dim, weights)
+        self.out = Matrix(config.n_heads * config.head_dim, config.dim, weights, scale=residual_scale(config))
+        self.q_norm = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else None
 
 
 class SwiGLU(nn.Module):
-    """Shazeer, arXiv 2002.05202."""
-
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()
-        self.gate_and_value = Linear(config.dim, 2 * config.mlp_dim, weights)
-        self.out = Linear(config.mlp_dim, config.dim, weights, scale=residual_scale(config))
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * value)
+        self.gate_and_value = Matrix(config.dim, 2 * config.mlp_dim, weights)
+        self.out = Matrix(config.mlp_dim, config.dim, weights, scale=residual_scale(config))
 
 
 class Layer(nn.Module):
+    """The parameters of a layer. What is computed with them stands in train/layer.py; ``run`` does it."""
+
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()
         self.attention_norm = Norm(config.dim, config.norm_eps, weights)
@@ -190,9 +149,19 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(config.dim, config.norm_eps, weights)
         self.mlp = SwiGLU(config, weights)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        attention, mlp = self.attention, self.mlp
+        weights = LayerWeights(
+            self.attention_norm.weight,
+            attention.qkv.weight,
+            None if attention.q_norm is None else attention.q_norm.weight,
+            None if attention.k_norm is None else attention.k_norm.weight,
+            attention.out.weight,
+            self.mlp_norm.weight,
+            mlp.gate_and_value.weight,
+            mlp.out.weight,
+        )
+        return run(weights, x, cos, sin)
 
 
 class Embedding(nn.Module):
@@ -207,20 +176,22 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Vocabulary projection and loss in one. It owns its weight, or shares the embedding's."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, z_loss: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.z_loss = weight, z_loss
 
     def forward(self, hidden: Tensor, labels: Tensor, each: bool) -> Any:
-        return token_losses(hidden, self.weight, labels) if each else cross_entropy_sum(hidden, self.weight, labels)
+        if each:
+            return token_losses(hidden, self.weight, labels)
+        return cross_entropy_sum(hidden, self.weight, labels, z_loss=self.z_loss)
 
 
 class GPT(nn.Module):
     """A GPT that returns its loss.
 
-    ``attend`` is attention over local shards; ``activations`` says what a layer keeps for backward. Parameters are
-    made on ``device`` in ``dtype``, the same for the same ``seed`` on every rank; under ``deepspeed.zero.Init`` each
-    is sharded as soon as it is drawn, so that no device ever holds the whole model.
+    ``attend`` is attention over local shards; ``policy`` says what layers keep for backward. Parameters are made on
+    ``device`` in ``dtype``, the same for the same ``seed`` on every rank; under ``deepspeed.zero.Init`` each is sharded
+    as soon as it is drawn, so that no device ever holds the whole model.
     """
 
     def __init__(
@@ -228,8 +199,9 @@ class GPT(nn.Module):
         config: ModelConfig,
         vocab_size: int,
         attend: Attend,
-        activations: Activations = Activations.keep,
+        policy: Policy | None = None,
         *,
+        z_loss: float = 0.0,
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -238,12 +210,14 @@ class GPT(nn.Module):
         weights = Weights(seed, device, dtype)
         self.config, self.attend = config, attend
         self.rope = config.rope(0)  # whoever trains on longer rows sets another
-        self.run_layer = layer_runner(activations)
+        sizes = Sizes(config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps)
+        self.run_layers = Layers(policy or Policy(), sizes, torch.device(device))
         tied = config.tie_embeddings
         self.embedding = Embedding(vocab_size, config.dim, weights, HEAD_STD if tied else EMBEDDING_STD)
         self.layers = nn.ModuleList(Layer(config, weights) for _ in range(config.n_layers))
         self.norm = Norm(config.dim, config.norm_eps, weights)
-        self.head = Head(self.embedding.weight if tied else weights.normal(vocab_size, config.dim, HEAD_STD))
+        head = self.embedding.weight if tied else weights.normal(vocab_size, config.dim, HEAD_STD)
+        self.head = Head(head, z_loss)
 
     def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Any, each: bool = False) -> Any:
         """Sum of this rank's token losses, an fp32 scalar (fp64 for fp64); with ``each``, what `token_losses` gives.
@@ -257,37 +231,10 @@ class GPT(nn.Module):
 
         x = self.embedding(tokens)
         cos, sin = self.rope(positions, x.dtype)
-        for layer in self.layers:
-            x = self.run_layer(layer, x, cos, sin, attend)
+        x = self.run_layers(self.layers, x, cos, sin, attend)
         return self.head(self.norm(x), labels, each)
 
 
 def residual_scale(config: ModelConfig) -> float:
     """So that the sum of all branches starts with the variance of one, whatever the depth (GPT-2)."""
     return (2 * config.n_layers) ** -0.5
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, S, heads, D) turned by its position's angles, in fp32, back in its dtype."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-def layer_runner(activations: Activations) -> Callable[..., Tensor]:
-    """How to call a layer, ``run(layer, *inputs)``, so that it keeps what ``activations`` says."""
-    if activations is Activations.keep:
-        return lambda layer, *inputs: layer(*inputs)
-    # Nothing in a layer is random, so no random state need be kept.
-    run = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if activations is Activations.recompute:
-        return run
-    return functools.partial(run, context_fn=functools.partial(create_selective_checkpoint_contexts, keep_attention))
-
-
-ATTENTION_OPERATORS = ("ringspan::ring_attention", "ringspan::gather_attention", "ringspan::attention")
-
-
-def keep_attention(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """The policy of a selective checkpoint that keeps attention's (out, lse) and computes the rest again."""
-    kept = operator.name() in ATTENTION_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

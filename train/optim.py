@@ -42,13 +42,12 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return floor + (config.lr - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) in two groups: matrices decay, vectors do not."""
     every = list(parameters)
     # Under ZeRO-3 a parameter's own shape is that of nothing; ds_shape is the whole's.
     matrices = [p for p in every if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in every if len(getattr(p, "ds_shape", p.shape)) < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=device.type == "cuda"
-    )
+    # Fused: one pass over memory on a GPU, and on a CPU too, which has the update where ZeRO offloads it.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

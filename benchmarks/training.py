@@ -1,0 +1,298 @@
+"""Whole training steps beside other trainers and beside the budget: docs/benchmarks/training.json, .md and .png.
+
+python benchmarks/training.py                                        # every case for the GPUs that are here
+python benchmarks/training.py --only '1b 65536 .* keep$' --peers fsdp2
+python benchmarks/training.py --render                               # table and plots anew from --out, on any machine
+
+Each contestant of a case trains in processes of its own, one case after the other. Ours is launch/train.py itself, on
+the standard library's text with data.cross_document=true, ended after --steps steps. A rate is the median of the steps
+after the first two, memory torch.cuda.max_memory_allocated(). Utilisation counts causal attention once, and nothing
+that is computed again. A peer keeps all activations, or recomputes layers where that does not fit.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from ring_report import cells, head, pyplot
+
+from ringspan.train.budget import Budget, Machine, budget, job_of
+from ringspan.train.config import TrainConfig, typed
+from ringspan.train.metrics import flops_per_step, peak_of
+
+ROOT = Path(__file__).resolve().parents[1]
+KEEP_ATTENTION = "train.activations=recompute_keep_attention"
+POLICIES = {
+    "keep": [],
+    "keep attention": [KEEP_ATTENTION],
+    "recompute": ["train.activations=recompute"],
+    "keep attention, tiles": [KEEP_ATTENTION, "train.mlp_tile=4096"],
+    "keep attention, tiles, offload": [KEEP_ATTENTION, "train.mlp_tile=4096", "train.offload=cpu"],
+    "recompute 4, tiles, offload": [
+        "train.activations=recompute",
+        "train.recompute_layers=4",
+        "train.mlp_tile=4096",
+        "train.offload=cpu",
+    ],
+}
+HOST = ["engine.offload_optimizer=true"]
+SKIPPED = 2  # steps: compilations, first allocations
+
+
+class Case(NamedTuple):
+    model: str
+    seq_len: int
+    gpus: int
+    policy: str
+    more: tuple[str, ...] = ()  # overrides
+
+    def __str__(self) -> str:
+        return " ".join([self.model, str(self.seq_len), str(self.gpus), *self.more, self.policy])
+
+    @property
+    def overrides(self) -> list[str]:
+        data = ["data.cross_document=true", "evaluation.every=0", "logger.wandb=disabled"]
+        sizes = [f"model={self.model}", f"seq_len={self.seq_len}", f"nproc={self.gpus}"]
+        return [*sizes, *data, *POLICIES[self.policy], *self.more]
+
+
+def cases(gpus: int) -> Iterator[Case]:
+    for n in (65536, 16384, 32768):
+        yield Case("1b", n, 1, "keep")
+    for policy in ("keep attention", "recompute", "keep attention, tiles, offload", "keep attention, tiles"):
+        yield Case("1b", 65536, 1, policy)
+    for n, policy in ((131072, "keep attention"), (262144, "keep attention, tiles"), (32768, "keep attention")):
+        yield Case("1b", n, 1, policy)
+    yield Case("1b", 524288, 1, "recompute 4, tiles, offload")
+    if gpus >= 2:
+        yield Case("1b", 65536, 2, "keep")
+        yield Case("1b", 131072, 2, "keep attention")
+        yield Case("llama8b", 131072, 2, "keep attention, tiles, offload", tuple(HOST))
+
+
+def configured(case: Case) -> TrainConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return typed(compose("train", overrides=[*case.overrides, "name=benchmark", "run_dir=unused"]))
+
+
+def predicted(case: Case, config: TrainConfig, vocab_size: int) -> Budget:
+    return budget(job_of(config, case.gpus, vocab_size), Machine())
+
+
+def ours(case: Case, steps: int, limit: float) -> dict[str, Any]:
+    """Rates of launch/train.py, ended once it has logged so many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = [*case.overrides, "steps=100000", f"run_dir={folder}/run", "name=benchmark"]
+        command = [sys.executable, str(ROOT / "launch" / "train.py"), *wanted]
+        lines, said = follow(command, Path(folder, "run", "metrics.jsonl"), steps, limit)
+    if len(lines) < steps:
+        return {"failed": said}
+    lines = lines[SKIPPED:]
+    middle = {name: statistics.median(line[name] or 0.0 for line in lines) for name in lines[0]}
+    return {
+        "value": round(middle["perf/tokens_per_second_per_gpu"], 1),
+        "unit": "tokens/s a GPU",
+        "step_seconds": round(middle["perf/step_seconds"], 4),
+        "utilisation": round(middle["perf/mfu"], 4),
+        "peak_gib": round(lines[-1]["memory/peak_allocated_gib"], 2),
+        "reserved_gib": round(lines[-1]["memory/peak_reserved_gib"], 2),
+    }
+
+
+def follow(command: list[str], log: Path, steps: int, limit: float) -> tuple[list[dict[str, Any]], str]:
+    """(what the log has got, the last thing that was said), once it has ``steps`` lines, or the command ends."""
+    until, found = time.monotonic() + limit, list[dict[str, Any]]()
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True) as process:
+            while len(found) < steps and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.2)
+                found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        output.seek(0)
+        said = [line for line in output.read().splitlines() if line.strip()]
+    return found, said[-1][:300] if said else "nothing"
+
+
+def peer(name: str, case: Case, config: TrainConfig, vocab_size: int, steps: int, limit: float) -> dict[str, Any]:
+    """Rates of the best settings that fit."""
+    tried: dict[str, Any] = {}
+    for activations in ("keep", "recompute"):
+        told = {"model": asdict(config.model), "vocab_size": vocab_size, "seq_len": case.seq_len, "steps": steps}
+        told |= {"activations": activations, "cuda": torch.cuda.is_available()}
+        start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={case.gpus}", "--standalone"]
+        command = [*start, str(ROOT / "benchmarks" / "training_peers.py"), name, json.dumps(told)]
+        try:
+            run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+        except subprocess.TimeoutExpired:
+            tried = {"failed": f"not done in {limit:.0f} s"}
+            continue
+        lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
+        if run.returncode == 0 and lines:
+            found = json.loads(lines[-1])
+            seconds = statistics.median(found["seconds"][SKIPPED:])
+            return {
+                "value": round(case.seq_len / seconds / case.gpus, 1),
+                "unit": "tokens/s a GPU",
+                "step_seconds": round(seconds, 4),
+                "utilisation": round(needed(case, config, vocab_size) / seconds / case.gpus / peak(), 4),
+                "peak_gib": None if found["peak_gib"] is None else round(found["peak_gib"], 2),
+                "activations": activations,
+            }
+        errors = [line.strip() for line in run.stderr.splitlines() if "Error" in line]
+        tried = {"failed": (errors or run.stderr.splitlines() or ["nothing was said"])[-1][:300]}
+    return tried
+
+
+def needed(case: Case, config: TrainConfig, vocab_size: int) -> float:
+    """FLOPs of a step of one row."""
+    m, n = config.model, case.seq_len
+    sizes = {"n_layers": m.n_layers, "n_heads": m.n_heads, "head_dim": m.head_dim}
+    return flops_per_step(m.matmul_parameters(vocab_size), n, **sizes, attended=n * (n + 1) // 2)
+
+
+def peak() -> float:
+    known = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return known or Machine().peak_tflops * 1e12
+
+
+def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    config, vocab_size = configured(case), 320  # bytes and the end of a document, in multiples of 64
+    expected = predicted(case, config, vocab_size)
+    row: dict[str, Any] = {**case._asdict(), "more": list(case.more)}
+    row["ours"] = ours(case, arguments.steps, arguments.limit)
+    row["budget"] = {
+        "step_seconds": round(expected.seconds_a_step, 4),
+        "utilisation": round(expected.utilisation, 4),
+        "peak_gib": round(expected.gpu_gib, 2),
+        "parts_gib": {name: round(size, 3) for name, size in expected.gpu.items()},
+        "parts_seconds": {name: round(seconds, 4) for name, seconds in expected.seconds.items()},
+    }
+    wanted = arguments.peers if case.policy == "keep" else []
+    row["peers"] = {name: peer(name, case, config, vocab_size, arguments.steps, arguments.limit) for name in wanted}
+    return row
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The report so far, if it is of this machine and these versions; else an empty one."""
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    fresh = {"machine": machine, "versions": {name: version(name) for name in ("torch", "triton", "deepspeed")}}
+    report = json.loads(path.read_text()) if path.exists() else {}
+    same = all(report.get(name) == value for name, value in fresh.items())
+    return report if same else {**fresh, "commands": [], "cases": []}
+
+
+def write(path: Path, report: dict[str, Any], row: dict[str, Any]) -> None:
+    """With this row in place of an older one of its case; after each case, as a run may be cut short."""
+    same = [all(old[name] == row[name] for name in Case._fields) for old in report["cases"]]
+    report["cases"] = [old for old, is_same in zip(report["cases"], same, strict=True) if not is_same] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def render(path: Path) -> None:
+    """The table and the plot beside a report, from the report alone."""
+    report = json.loads(path.read_text())
+    rows = report["cases"]
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    lines = [
+        "# Whole training steps",
+        "",
+        f"{report['machine']}, bf16, AdamW, {', '.join(f'{n} {v}' for n, v in report['versions'].items())}. Tokens/s",
+        "a GPU, utilisation, and the peak of allocated memory; in brackets ours over the peer. The budget's columns",
+        "are what launch/budget.py says of an H100 beforehand, and how far off it was. Written by",
+        *(f"`python {command}`" for command in report["commands"]),
+        "",
+        "![Memory against length, measured and by the budget](training.png)",
+        "",
+        head(["case", "tokens", "GPUs", "ours", "budget: GiB", "seconds", *peers]),
+    ]
+    for row in rows:
+        case = [", ".join([row["model"], row["policy"], *row["more"]]), f"{row['seq_len']:,}", str(row["gpus"])]
+        beside = [off(row, "peak_gib"), off(row, "step_seconds")]
+        lines.append(cells([*case, shown(row["ours"]), *beside, *(over(row, name) for name in peers)]))
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    plot(path.with_suffix(".png"), rows)
+
+
+def shown(found: dict[str, Any] | None) -> str:
+    if not found or "failed" in found:
+        return found["failed"].replace("|", "/") if found else "-"
+    gib = "" if found["peak_gib"] is None else f", {found['peak_gib']:.1f} GiB"
+    return f"{found['value']:,.0f}, {found['utilisation']:.1%}{gib}"
+
+
+def off(row: dict[str, Any], name: str) -> str:
+    expected, got = row["budget"][name], row["ours"].get(name)
+    return f"{expected:.2f}" + (f" ({expected / got - 1:+.0%})" if got else "")
+
+
+def over(row: dict[str, Any], name: str) -> str:
+    found, mine = row["peers"].get(name), row["ours"]
+    ratio = f" ({mine['value'] / found['value']:.2f})" if found and "value" in found and "value" in mine else ""
+    return shown(found) + ratio
+
+
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    if (plt := pyplot()) is None:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
+    names = dict.fromkeys((row["model"], row["gpus"], row["policy"]) for row in rows)
+    for axis, what, unit in zip(axes, ("peak_gib", "step_seconds"), ("GiB", "seconds a step"), strict=True):
+        for number, name in enumerate(names):
+            mine = sorted((r for r in rows if (r["model"], r["gpus"], r["policy"]) == name), key=lambda r: r["seq_len"])
+            color, lengths = f"C{number}", [r["seq_len"] for r in mine]
+            axis.plot(lengths, [r["ours"].get(what) or float("nan") for r in mine], "o", color=color)
+            label = f"{name[0]}, {name[1]} GPUs, {name[2]}"
+            axis.plot(lengths, [r["budget"][what] for r in mine], "_:", color=color, markersize=12, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
+    axes[0].set_title("dots: measured; dashes: budget")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="regular expression over 'MODEL TOKENS GPUS [OVERRIDES] POLICY'")
+    parser.add_argument("--peers", nargs="*", default=["fsdp2", "deepspeed"])
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of one contestant of one case")
+    parser.add_argument("--case", nargs=3, metavar=("MODEL", "TOKENS", "POLICY"), help="another one, of one process")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "training.json")
+    parser.add_argument("--render", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.render:
+        return render(arguments.out)
+    chosen = [case for case in cases(torch.cuda.device_count()) if re.search(arguments.only, str(case))]
+    if arguments.case:
+        chosen = [Case(arguments.case[0], int(arguments.case[1]), 1, arguments.case[2])]
+    elif not torch.cuda.is_available():
+        sys.exit("these cases are for GPUs, and there is none; --case tiny 1024 keep runs anywhere")
+    report = read(arguments.out)
+    report["commands"].append(shlex.join(sys.argv))
+    for case in chosen:
+        row = measure(case, arguments)
+        told = {name: shown(found) for name, found in (("ours", row["ours"]), *row["peers"].items())}
+        print(f"{case}: {told}; budget {off(row, 'peak_gib')} GiB, {off(row, 'step_seconds')} s", flush=True)
+        write(arguments.out, report, row)
+    render(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
