@@ -122,7 +122,7 @@ class Started:
         pytest.fail(f"it never said {text!r}, but:\n{self.said}")
 
     def end(self) -> int:
-        self.said += self.process.communicate(timeout=60)[0]
+        self.said += self.process.communicate(timeout=180)[0]
         return self.process.returncode
 
 
