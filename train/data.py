@@ -189,14 +189,24 @@ def _locked(folder: Path) -> Iterator[None]:
     """Make a folder and hold it for this process; whoever else wants it waits. Killed, a process holds it no longer."""
     while True:
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # the one that held it has renamed or deleted it since
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if folder.exists() and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            if _is_still(descriptor, folder):
                 yield
                 return
-        finally:  # else the one that held it has renamed or deleted it, and the next turn makes it anew
+        finally:  # else the next turn makes it anew
             os.close(descriptor)
+
+
+def _is_still(descriptor: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
 
 
 def _folder(config: DataConfig, source: Source) -> Path:
