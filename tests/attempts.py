@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ WORLD, DEADLINE = 2, 240.0  # seconds, after which an attempt hangs
 SETTINGS = [{"mesh": (2, 1, 1), "zero": 2}, {"mesh": (1, 2, 1), "zero": 1}, {"mesh": (1, 1, 2), "zero": 3}]
 LARGE_HEADS = ModelConfig(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, mlp_dim=256)  # for GPUs' kernels
 Ranks = list[BaseProcess]
+POLLING = Lock()  # starting a process asks after all others too, and of two threads that ask one loses the exit code
 
 
 class FullDisk(NamedTuple):
@@ -70,7 +72,17 @@ def serve(rank: int, store: str, config: TrainConfig, cuda: bool, full: FullDisk
 
 def running(ranks: Ranks) -> bool:
     """Whether some are, and none has failed."""
-    return any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks)
+    with POLLING:
+        return any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks)
+
+
+def end(ranks: Ranks) -> list[int | None]:
+    """Their exit codes. Those that have not left by themselves are killed."""
+    with POLLING:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        return [rank.exitcode for rank in ranks]
 
 
 class Run:
@@ -89,8 +101,9 @@ class Run:
             said.unlink()
         arguments = [(rank, f"{store}/s", self.config, self.cuda, full) for rank in range(WORLD)]
         ranks: Ranks = [forkserver().Process(target=serve, args=given, daemon=True) for given in arguments]
-        for rank in ranks:
-            rank.start()
+        with POLLING:
+            for rank in ranks:
+                rank.start()
         return ranks
 
     def attempt(self, fault: Callable[[Ranks, float], bool] | None = None, full: FullDisk | None = None) -> bool:
@@ -99,21 +112,17 @@ class Run:
         with tempfile.TemporaryDirectory() as store:
             ranks = self.start(store, full)
             try:
-                while (
-                    any(rank.is_alive() for rank in ranks) and not struck and not any(rank.exitcode for rank in ranks)
-                ):
+                while running(ranks) and not struck:
                     assert time.monotonic() - begun < DEADLINE, f"{self.folder} hangs:\n{self.said()}"
                     if not loaded and len(list(self.folder.glob("said-*"))) == WORLD:
                         loaded = time.monotonic()
                     struck = bool(fault and loaded and fault(ranks, time.monotonic() - loaded))
                     time.sleep(0.002)
             finally:
-                for rank in ranks:
-                    rank.kill()
-                    rank.join()
+                codes = end(ranks)
         self.seconds = time.monotonic() - loaded
-        whole = all(rank.exitcode == 0 for rank in ranks)
-        assert struck or whole, f"{self.folder}: {[rank.exitcode for rank in ranks]}\n{self.said()}"
+        whole = codes == [0] * WORLD
+        assert struck or whole, f"{self.folder}: {codes}\n{self.said()}"
         return whole
 
     def curve(self) -> list[tuple[Any, ...]]:
