@@ -7,19 +7,17 @@ python launch/budget.py nproc=8 machine=h200 seq_len=65536 fastest=true         
 nproc is the number of GPUs, 0 for all of a host. Fields are those of launch/train.py, and those of conf/budget.yaml.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ringspan.train.budget import Budget, Job, Machine, advice, budget, fastest, job_of, longest, switches
-from ringspan.train.config import TrainConfig, explain
+from ringspan.train.command import run_hydra
+from ringspan.train.config import TrainConfig
 from ringspan.train.tokenizer import load_tokenizer
 
 
@@ -44,13 +42,7 @@ ConfigStore.instance().store(name="budget_schema", node=BudgetConfig)
 
 
 def main() -> int:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, over several lines
-    try:
-        on_job()
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"budget.py: {explain(error, BudgetConfig)}", file=sys.stderr)
-        return 1
-    return 0
+    return run_hydra(on_job, "budget.py", BudgetConfig)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="budget")

@@ -5,20 +5,17 @@ python launch/generate.py checkpoint=runs/NAME 'prompt=["class A","import "]' te
 python launch/generate.py checkpoint=my_llama nproc=4 prompt_file=book.txt     its keys and values shared by 4 GPUs
 """
 
-import os
 import sys
 from typing import cast
 
 import hydra
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.workers import check_devices, count_workers, launch, process_group, tell
-from ringspan.train.config import explain
+from ringspan.train.command import run_hydra
 from ringspan.train.generate import GenerateConfig, Written, generate
 from ringspan.train.loop import pick_device
 
@@ -26,13 +23,7 @@ ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
 
 
 def main() -> int:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, over several lines
-    try:
-        on_job()
-    except (HydraException, OmegaConfBaseException) as error:
-        say(explain(error, GenerateConfig))
-        return 1
-    return 0
+    return run_hydra(on_job, "generate.py", GenerateConfig)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="generate")

@@ -6,18 +6,16 @@ python launch/prepare.py data.path=hub:OWNER/NAME data.tokenizer=tokenizer.json 
 python launch/train.py data.path=prepared
 """
 
-import os
 import sys
 import time
 from typing import cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from ringspan.train.command import run_hydra
 from ringspan.train.corpus import Corpus
 from ringspan.train.prepare import PrepareConfig, Read, prepare_folder
 
@@ -26,15 +24,7 @@ NAMED = 10  # of what was left out
 
 
 def main() -> int:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print, over several lines
-    try:
-        on_job()
-    except (HydraException, OmegaConfBaseException) as error:
-        from ringspan.train.config import explain  # noqa: PLC0415 - has torch, and processes that tokenise import us
-
-        say(explain(error, PrepareConfig))
-        return 1
-    return 0
+    return run_hydra(on_job, "prepare.py", PrepareConfig)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="prepare")

@@ -14,12 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
-import hydra.utils
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from ringspan.parallel.workers import (
     Place,
@@ -36,7 +33,8 @@ from ringspan.parallel.workers import (
     under_torchrun,
 )
 from ringspan.train import restart
-from ringspan.train.config import TrainConfig, check, explain, typed
+from ringspan.train.command import run_hydra
+from ringspan.train.config import TrainConfig, check, typed
 from ringspan.train.loop import train
 
 Task = Callable[[TrainConfig, str], object]
@@ -137,15 +135,8 @@ def with_hydra(task: Task) -> int:
         forget_if_empty(Path(HydraConfig.get().runtime.output_dir))
         sys.exit(1)
 
-    # By Hydra's callbacks, which any file it reads may name, a configuration could run code; ours are values
-    hydra.utils.instantiate = no_code
-    # Hydra then raises what it would print, over several lines and with a hint at this very variable
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        on_job()
-    except (HydraException, OmegaConfBaseException) as error:
-        say(explain(error))
-        return 1
+        return run_hydra(on_job, "train.py", TrainConfig)
     except Exception as error:
         if failed:
             say(f"failed, {len(failed)} of the sweep: {', '.join(failed)}")
@@ -154,11 +145,6 @@ def with_hydra(task: Task) -> int:
         else:
             raise
         return 1
-    return 0
-
-
-def no_code(*_: object, **__: object) -> object:
-    raise HydraException("hydra.callbacks: a configuration cannot run code here; delete that key")
 
 
 def settled(cfg: DictConfig) -> tuple[TrainConfig, str]:
