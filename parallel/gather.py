@@ -6,6 +6,7 @@ exchange and one kernel a pass, which for short shards of few kv heads costs les
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -161,10 +162,9 @@ def _backward(
     where, mask = _read(table, data, q.shape[1], group)
     k_all, v_all = _gathered(k, v, where, group)
     delta = attention_delta(dout, out, dlse)
-    dk, dv = (torch.zeros(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in (k_all, v_all))
-    dq, _, _ = attention_backward(
-        dout, q, k_all, v_all, lse, delta, mask, scale=scale, softcap=softcap, dk=dk, dv=dv, backend=backend
-    )
+    dk, dv = (torch.empty(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in (k_all, v_all))
+    run = partial(attention_backward, scale=scale, softcap=softcap, dk=dk, dv=dv, fresh=True, backend=backend)
+    dq, _, _ = run(dout, q, k_all, v_all, lse, delta, mask)
     home = _sent_home((dk, dv), where, k.shape[1], group)
     dk, dv = (x.to(x.dtype if wide else k.dtype, copy=True) for x in home)  # an operator's results share no memory
     dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
