@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from report import cells, head, put, pyplot, read, versions, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -236,20 +237,9 @@ def line(case: Case, rates: dict[str, dict[str, float]], names: list[str]) -> st
     return left + "  ".join(fields)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The report so far, if it is of this machine and these versions; else an empty one."""
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version()}
-    fresh = {"machine": torch.cuda.get_device_name(), "dtype": "bfloat16", "versions": versions}
-    report = json.loads(path.read_text()) if path.exists() else {}
-    same = all(report.get(name) == value for name, value in fresh.items())
-    return report if same else {**fresh, "commands": [], "cases": []}
-
-
-def write(path: Path, report: dict[str, Any], row: dict[str, Any]) -> None:
-    """With this row in place of an older one of its sizes; after each case, as a run may be cut short."""
-    report["cases"] = [old for old in report["cases"] if any(old[name] != row[name] for name in SIZES)] + [row]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def machine() -> dict[str, Any]:
+    used = {"torch": torch.__version__, "triton": triton.__version__, "cudnn": torch.backends.cudnn.version()}
+    return {"machine": torch.cuda.get_device_name(), "dtype": "bfloat16", "versions": used}
 
 
 def render(path: Path) -> None:
@@ -257,25 +247,22 @@ def render(path: Path) -> None:
     report = json.loads(path.read_text())
     rows = report["cases"]
     peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         "# Attention on one device",
         "",
-        f"{report['machine']}, {report['dtype']}, {versions}. TFLOP/s forward / backward, medians of interleaved",
+        f"{report['machine']}, {report['dtype']}, {versions(report['versions'])}. TFLOP/s",
+        "forward / backward, medians of interleaved",
         "rounds, per attended FLOP: causal counts half, packed and window their own. `packed-N` are log-normal",
         "documents of mean N; in brackets ours over the peer. Batch is 16K tokens or one row. Written by",
         *(f"`python {command}`" for command in report["commands"]),
         "",
         "![TFLOP/s of every case](attention.png)",
         "",
-        f"| {' | '.join(SIZES)} | ours | {' | '.join(peers)} |",
-        "|" + "---|" * (len(SIZES) + 1 + len(peers)),
+        head([*SIZES, "ours", *peers]),
     ]
     for row in rows:
         rates = [row["ours"], *(row["peers"].get(name) for name in peers)]
-        lines.append(
-            "| " + " | ".join([*(str(row[name]) for name in SIZES), *(cell(x, row["ours"]) for x in rates)]) + " |"
-        )
+        lines.append(cells([*(str(row[name]) for name in SIZES), *(cell(x, row["ours"]) for x in rates)]))
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     plot(path.with_suffix(".png"), rows)
 
@@ -292,10 +279,7 @@ def cell(rate: dict[str, float] | None, ours: dict[str, float]) -> str:
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        plt = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        print("matplotlib is not installed: no plot")
+    if (plt := pyplot()) is None:
         return
     figure, axes = plt.subplots(2, 1, figsize=(max(8, len(rows)), 8), sharex=True)
     for axis, what in zip(axes, ("forward", "backward"), strict=True):
@@ -329,7 +313,7 @@ def main() -> None:
         sys.exit("this compares kernels for compute capability 9.0, and there is no such device")
     names = ["hopper", *arguments.peers]
     print(f"{'dim heads length mask':<28}" + "  ".join(f"{name:^11}" for name in names))
-    report = read(arguments.out)
+    report = read(arguments.out, machine())
     report["commands"].append(shlex.join(sys.argv))
     for case in cases():
         if not re.search(arguments.only, label(case)):
@@ -337,7 +321,8 @@ def main() -> None:
         rates = measure(case, names, arguments.rounds)
         print(line(case, rates, names), flush=True)
         valued = {name: {**rate, "unit": "TFLOP/s"} for name, rate in rates.items()}
-        write(arguments.out, report, {**asdict(case), "ours": valued.pop("hopper", {}), "peers": valued})
+        put(report, {**asdict(case), "ours": valued.pop("hopper", {}), "peers": valued}, SIZES)
+        write(arguments.out, report)
     render(arguments.out)
 
 

@@ -14,7 +14,6 @@ datasets     load_dataset("text"), streaming; map tokenises, a second map packs 
 """
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
+from report import cells, head, pyplot
 
 from ringspan.train.corpus import Corpus
 from ringspan.train.data import DataConfig, write_corpus
@@ -193,13 +193,13 @@ def report(args: argparse.Namespace, rounds: dict[str, list[Rate]]) -> None:
     told: dict[str, Any] = {"facts": facts, "tokens_per_second": rates, "tokens_per_core_second": cpu}
     told |= {"rounds": rounds, "ratios": ratios}
     out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    lines = ["| | M tokens/s | M tokens a core second |", "|---|---|---|"]
-    lines += [f"| {name} | {rates[name] / 1e6:.2f} | {cpu[name] / 1e6:.2f} |" for name in rates]
-    lines += ["", "| | | bar | |", "|---|---|---|---|"]
+    lines = [head(["", "M tokens/s", "M tokens a core second"])]
+    lines += [cells([name, f"{rates[name] / 1e6:.2f}", f"{cpu[name] / 1e6:.2f}"]) for name in rates]
+    lines += ["", head(["", "", "bar", ""])]
     checks = [("prepared, M tokens/s", rates["prepared"] / 1e6, PREPARED / 1e6)]
     checks += [(f"{name} / {beside}", ratios[f"{name} / {beside}"], bar) for name, beside, bar in BARS]
     lines += [
-        f"| {name} | {value:.2f} | {bar} | {'met' if value >= bar else 'missed'} |" for name, value, bar in checks
+        cells([name, f"{value:.2f}", str(bar), "met" if value >= bar else "missed"]) for name, value, bar in checks
     ]
     said = ", ".join(f"{name} {value}" for name, value in facts.items())
     how = f"Medians of {args.rounds} rounds, ratios those of a round; {said}."
@@ -211,13 +211,9 @@ def report(args: argparse.Namespace, rounds: dict[str, list[Rate]]) -> None:
 
 
 def plot(path: Path, rates: dict[str, float]) -> None:
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        print("matplotlib is not installed: no plot")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("agg")
-    figure, axis = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 3))
+    figure, axis = plt.subplots(figsize=(8, 3))
     axis.barh(list(rates), [rate / 1e6 for rate in rates.values()])
     axis.bar_label(axis.containers[0], fmt="%.2f", padding=3)
     axis.set_xscale("log")

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from report import put, read, write
 from ring_peers import CONTESTANTS, Case, Contestant, ours
 from ring_report import render, render_trace, where_time_goes
 from scaling import suggestions
@@ -39,6 +40,7 @@ from scaling import suggestions
 from ringspan.parallel import copy_engine
 from ringspan.parallel.transport import Lane, open_lane, pick_transport
 
+SIZES = ("mask", "length", "heads", "kv_heads", "dim", "gpus")
 LEAST_SECONDS = 0.05  # of one timing: as many passes in a row as that takes
 PASS_FACTOR = 3.5  # forward and backward, in forward passes
 HEAD_START = 4_000_000  # cycles that a GPU is given to spin, before what is timed
@@ -246,16 +248,9 @@ def wire_rate(device: torch.device, rounds: int = 8) -> float:
     return 2 * nbytes / slowest.item()
 
 
-def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], wire: float) -> None:
-    """Rows of this run take the place of those of the same sizes, and the others stay: a table grows by parts."""
-    path: Path = arguments.out
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text())["cases"] if path.exists() else []
-    sizes = ("mask", "length", "heads", "kv_heads", "dim", "gpus")
-    new = {tuple(row[size] for size in sizes) for row in rows}
-    kept = [row for row in old if tuple(row[size] for size in sizes) not in new]
+def machine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    machine = {
+    return {
         "machine": f"{dist.get_world_size()} x {torch.cuda.get_device_name()}" if cuda else "CPU",
         "versions": {
             "torch": torch.__version__,
@@ -264,14 +259,13 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]], wire: float
             "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         },
         "dtype": "bfloat16" if cuda else "float32",
-        "wire_gbytes": digits(wire * 1e-9),
-        "command": shlex.join(sys.argv),
     }
+
+
+def place(row: dict[str, Any]) -> tuple[int, int, int, int]:
+    """In the table."""
     order = {"causal": 0, "packed": 1, "window": 2}
-    rows = sorted(
-        kept + rows, key=lambda row: (row["gpus"], order[row["mask"].split("-")[0]], -row["kv_heads"], row["length"])
-    )
-    path.write_text(json.dumps({**machine, "cases": rows}, indent=1) + "\n")
+    return row["gpus"], order[row["mask"].split("-")[0]], -row["kv_heads"], row["length"]
 
 
 def profile(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -327,21 +321,25 @@ def work(rank: int, world: int, store: str | None, arguments: argparse.Namespace
 
 
 def compare(arguments: argparse.Namespace, device: torch.device) -> None:
-    rows: list[dict[str, Any]] = []
     wire = wire_rate(device)
     say(f"wire: {wire * 1e-9:.0f} GB/s from a neighbour")
+    report = read(arguments.out, machine())
+    report["wire_gbytes"] = digits(wire * 1e-9)
+    report["commands"].append(shlex.join(sys.argv))
     # Few bytes first: boxes never shrink, and count as memory
     for case in sorted(cases(arguments, dist.get_world_size()), key=lambda one: one.length * one.kv_heads):
         began = time.monotonic()
-        rows.append(measure(case, arguments, device))
-        say(f"{line(rows[-1])}  [{time.monotonic() - began:.0f} s]")
+        row = measure(case, arguments, device)
+        say(f"{line(row)}  [{time.monotonic() - began:.0f} s]")
+        put(report, row, SIZES)
+        report["cases"].sort(key=place)
         if dist.get_rank() == 0:
-            write(arguments, rows, wire)  # after each case: a run that is cut short keeps what it has
+            write(arguments.out, report)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if dist.get_rank() == 0:
         render(arguments.out)
-        say("\n".join(suggestions(json.loads(arguments.out.read_text()))))
+        say("\n".join(suggestions(report)))
 
 
 def tiny(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,10 @@
 """The table and the plots of benchmarks/ring.py, from its reports alone."""
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
+
+from report import cells, head, pyplot, versions
 
 SIZES = ("mask", "tokens a GPU", "GPUs", "heads", "dim")
 
@@ -20,7 +21,7 @@ def render(path: Path) -> None:
         "same work with nothing sent. Memory is what a pass takes beside its inputs, in GiB a GPU. Imbalance is of",
         "the ring's lock-step work; a token sent is a key and its value that goes to another rank; host is what it",
         "takes to issue a forward and a backward pass. Written, like the plots, by",
-        f"`python {report['command']}`.",
+        *(f"`python {command}`" for command in report["commands"]),
         "",
         "![TFLOP/s a GPU of every case](ring.png)",
         "",
@@ -43,18 +44,6 @@ def render(path: Path) -> None:
     plot(path.with_suffix(".png"), rows)
 
 
-def versions(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
-
-
-def head(names: list[str]) -> str:
-    return cells(names) + "\n|" + "---|" * len(names)
-
-
-def cells(values: list[str]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
 def sizes(row: dict[str, Any]) -> list[str]:
     heads = f"{row['heads']}/{row['kv_heads']}"
     return [row["mask"], f"{row['tokens_a_gpu']:,}", str(row["gpus"]), heads, str(row["dim"])]
@@ -62,16 +51,6 @@ def sizes(row: dict[str, Any]) -> list[str]:
 
 def over(rate: dict[str, Any] | None, ours: float) -> str:
     return f"{rate['value']:.0f} ({ours / rate['value']:.2f})" if rate else "-"
-
-
-def pyplot() -> Any:
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        print("matplotlib is not installed: no plot")
-        return None
-    matplotlib.use("agg")
-    return importlib.import_module("matplotlib.pyplot")
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -17,13 +17,13 @@ what the model is checked against. On rings of one size a and b cannot be told a
 """
 
 import argparse
-import importlib
 import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from report import cells, head, pyplot
 
 # bytes/s and seconds of one exchange between two GPUs. Measured on 4 H100 of one host: the copy engine at 64 MiB and
 # more. Not measured: InfiniBand NDR of 400 Gbit/s a GPU, four fifths of which NCCL is taken to reach.
@@ -176,13 +176,12 @@ def render(path: Path, into: Path) -> None:
         f"the fit has not seen, it is wrong by at most {worst:.1%}. All cases are of one host: the network's",
         f"{NETWORK / 1e9:.0f} GB/s a GPU are an assumption, and nothing across hosts has been checked.",
         "",
-        "| GPUs | tokens a GPU | kv heads | measured | model | error | |",
-        "|---|---|---|---|---|---|---|",
+        head(["GPUs", "tokens a GPU", "kv heads", "measured", "model", "error", ""]),
     ]
     for number, ((row, parts, _), got, error) in enumerate(zip(points, found, errors, strict=True)):
-        sizes = f"| {row['gpus']} | {row['tokens_a_gpu']:,} | {row['kv_heads']} | {got:.3f} "
+        sizes = [str(row["gpus"]), f"{row['tokens_a_gpu']:,}", str(row["kv_heads"])]
         used = "checked" if number % 2 else "fitted"
-        lines.append(f"{sizes}| {efficiency(parts, costs):.3f} | {error:+.1%} | {used} |")
+        lines.append(cells([*sizes, f"{got:.3f}", f"{efficiency(parts, costs):.3f}", f"{error:+.1%}", used]))
     lines += ["", *(f"- {line}" for line in suggestions(report))]
     lines += [
         "",
@@ -192,13 +191,12 @@ def render(path: Path, into: Path) -> None:
         "",
         "![Predicted efficiency by GPUs](scaling.png)",
         "",
-        "| tokens | " + " | ".join(f"{gpus:,} GPUs" for gpus in GPUS) + " |",
-        "|---|" + "---|" * len(GPUS),
+        head(["tokens", *(f"{gpus:,} GPUs" for gpus in GPUS)]),
     ]
     table = {tokens: [best(tokens, gpus, rates, costs) for gpus in GPUS] for tokens in TOKENS}
     for tokens, found in table.items():
         shown = [f"{e:.0%} ({gpus // -u} x {-u})" for (e, u), gpus in zip(found, GPUS, strict=True)]
-        lines.append(f"| {tokens // 2**20}M | " + " | ".join(shown) + " |")
+        lines.append(cells([f"{tokens // 2**20}M", *shown]))
     into.with_suffix(".md").write_text("\n".join(lines) + "\n")
     plot(into.with_suffix(".png"), table)
 
@@ -209,13 +207,9 @@ def combined(row: dict[str, Any]) -> float:
 
 
 def plot(path: Path, table: dict[int, list[tuple[float, int]]]) -> None:
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        print("matplotlib is not installed: no plot")
+    if (plt := pyplot()) is None:
         return
-    matplotlib.use("agg")
-    figure, axis = importlib.import_module("matplotlib.pyplot").subplots(figsize=(8, 5))
+    figure, axis = plt.subplots(figsize=(8, 5))
     for tokens, found in table.items():
         axis.plot(GPUS, [e for e, _ in found], "o-", label=f"{tokens // 2**20}M tokens")
     axis.set_xscale("log", base=2)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
-from ring_report import cells, head, pyplot
+from report import cells, head, put, pyplot, read, versions, write
 
 from ringspan.train.budget import Budget, Machine, budget, job_of
 from ringspan.train.config import TrainConfig, typed
@@ -188,21 +188,9 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The report so far, if it is of this machine and these versions; else an empty one."""
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    fresh = {"machine": machine, "versions": {name: version(name) for name in ("torch", "triton", "deepspeed")}}
-    report = json.loads(path.read_text()) if path.exists() else {}
-    same = all(report.get(name) == value for name, value in fresh.items())
-    return report if same else {**fresh, "commands": [], "cases": []}
-
-
-def write(path: Path, report: dict[str, Any], row: dict[str, Any]) -> None:
-    """With this row in place of an older one of its case; after each case, as a run may be cut short."""
-    same = [all(old[name] == row[name] for name in Case._fields) for old in report["cases"]]
-    report["cases"] = [old for old, is_same in zip(report["cases"], same, strict=True) if not is_same] + [row]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def machine() -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"machine": name, "versions": {name: version(name) for name in ("torch", "triton", "deepspeed")}}
 
 
 def render(path: Path) -> None:
@@ -213,7 +201,7 @@ def render(path: Path) -> None:
     lines = [
         "# Whole training steps",
         "",
-        f"{report['machine']}, bf16, AdamW, {', '.join(f'{n} {v}' for n, v in report['versions'].items())}. Tokens/s",
+        f"{report['machine']}, bf16, AdamW, {versions(report['versions'])}. Tokens/s",
         "a GPU, utilisation, and the peak of allocated memory; in brackets ours over the peer. The budget's columns",
         "are what launch/budget.py says of an H100 beforehand, and how far off it was. Written by",
         *(f"`python {command}`" for command in report["commands"]),
@@ -284,13 +272,14 @@ def main() -> None:
         chosen = [Case(arguments.case[0], int(arguments.case[1]), 1, arguments.case[2])]
     elif not torch.cuda.is_available():
         sys.exit("these cases are for GPUs, and there is none; --case tiny 1024 keep runs anywhere")
-    report = read(arguments.out)
+    report = read(arguments.out, machine())
     report["commands"].append(shlex.join(sys.argv))
     for case in chosen:
         row = measure(case, arguments)
         told = {name: shown(found) for name, found in (("ours", row["ours"]), *row["peers"].items())}
         print(f"{case}: {told}; budget {off(row, 'peak_gib')} GiB, {off(row, 'step_seconds')} s", flush=True)
-        write(arguments.out, report, row)
+        put(report, row, Case._fields)
+        write(arguments.out, report)
     render(arguments.out)
 
 

@@ -1,14 +1,6 @@
 """What benchmarks/ring_report.py makes of a trace."""
 
-import importlib.util
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "ring_report.py"
-spec = importlib.util.spec_from_file_location("ring_report", HERE)
-assert spec is not None
-assert spec.loader is not None
-ring_report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ring_report)
+import ring_report
 
 
 def event(stream: int, name: str, start: float, microseconds: float) -> dict:

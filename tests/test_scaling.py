@@ -1,18 +1,10 @@
 """The cost model of benchmarks/scaling.py on reports that are made up by it, and by something else."""
 
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent.parent / "benchmarks" / "scaling.py"
-spec = importlib.util.spec_from_file_location("scaling", HERE)
-assert spec is not None
-assert spec.loader is not None
-scaling = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(scaling)
+import scaling
 
 
 def report(costs: tuple[float, ...], rings: tuple[int, ...] = (2,)) -> dict:

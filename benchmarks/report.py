@@ -1,0 +1,48 @@
+"""What the benchmarks' reports have in common: rows of one machine and its versions, tables in Markdown, plots."""
+
+import importlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The report so far, if all that ``fresh`` says of machine and versions holds of it; else an empty one."""
+    report = json.loads(path.read_text()) if path.exists() else {}
+    same = all(report.get(name) == value for name, value in fresh.items())
+    return report if same else {**fresh, "commands": [], "cases": []}
+
+
+def put(report: dict[str, Any], row: dict[str, Any], names: Iterable[str]) -> None:
+    """In place of an older row of the same ``names``."""
+    case = {name: row[name] for name in names}
+    report["cases"] = [old for old in report["cases"] if any(old[name] != case[name] for name in case)] + [row]
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """To be done after each case: a run that is cut short keeps what it has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def head(names: list[str]) -> str:
+    return cells(names) + "\n|" + "---|" * len(names)
+
+
+def cells(values: Iterable[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def versions(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
+def pyplot() -> Any:
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    except ImportError:
+        print("matplotlib is not installed: no plot")
+        return None
+    matplotlib.use("agg")
+    return importlib.import_module("matplotlib.pyplot")
