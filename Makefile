@@ -39,6 +39,9 @@ check: $(READY)
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
+# Files are compiled when they are imported, which few of them ever are.
+PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+
 # torch and its triton come first: then nothing that follows can ask for another build of them.
 $(VENV)/ready: pyproject.toml constraints.txt
 	@set -e; \
@@ -51,6 +54,6 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	fi; \
 	echo "Setting up $(VENV) with $$found; this takes a few minutes, once."; \
 	"$$found" -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch triton
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(PIP_INSTALL) torch triton
+	$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@

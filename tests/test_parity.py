@@ -18,7 +18,7 @@ from ringspan.train.metrics import LoggerConfig, WandbMode
 from ringspan.train.model import ModelConfig
 from ringspan.train.optim import OptimConfig
 
-SEQ_LEN, ROWS, STEPS = 64, 8, 20
+SEQ_LEN, ROWS, STEPS = 64, 8, 12
 STAGES = (0, 1, 2, 3)
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)]  # data, ring, ulysses
 
