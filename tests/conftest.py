@@ -44,6 +44,9 @@ def ranks() -> Iterator[Callable[..., Ranks]]:
     def of(world: int, cuda: bool = False) -> Ranks:
         if cuda and torch.cuda.device_count() < world:
             pytest.skip(f"needs {world} GPUs, and there are {torch.cuda.device_count()}")
+        for pool in pools.values():
+            if pool.open and pool.crowded:
+                pool.close(kill=True)
         if (world, cuda) not in pools or not pools[world, cuda].open:
             pools[world, cuda] = Ranks(world, cuda)
         return pools[world, cuda]
