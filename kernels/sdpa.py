@@ -231,5 +231,4 @@ def run_on_any(run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, scale: 
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     if dim != dim_v and q.shape[-1] == dim:
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[-1])) for x in (q, k, v))
-    with torch.autocast(kind, enabled=False):  # else the sums of plain PyTorch would be in its dtype too
-        return run(q, k, v, scale=scale)[..., :dim_v]
+    return run(q, k, v, scale=scale)[..., :dim_v]

@@ -5,14 +5,32 @@ them needs. Scores, sums and gradients are fp32, or fp64 for fp64 inputs.
 Shape suffixes: B batch, K kv heads, G query heads a kv head, M queries of a block, N keys of a block, D head dim.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ringspan.kernels.plan import TILE, Plan
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
+
+def without_autocast(run: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Autocast would round the fp32 scores and weights to bf16 before each product."""
+
+    @functools.wraps(run)
+    def plainly(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        device = next(x.device for x in args if isinstance(x, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return run(*args, **kwargs)
+
+    return plainly
+
+
+@without_autocast
 def forward(
     q: Tensor,
     k: Tensor,
@@ -55,6 +73,7 @@ def forward(
     return result if out is None else out.copy_(result), lse
 
 
+@without_autocast
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -11,6 +11,7 @@ from test_spans import distance, matrix, random_spans
 from torch import Tensor
 
 from ringspan.kernels import sdpa
+from ringspan.kernels.attention import attention
 from ringspan.kernels.sdpa import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
 from ringspan.kernels.spans import Spans
 
@@ -144,6 +145,17 @@ def test_under_autocast_the_result_is_in_its_dtype():
     assert out.dtype == torch.bfloat16
     exact = F.scaled_dot_product_attention(*(x.bfloat16().double() for x in leaves), is_causal=True)
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=2**-20)  # rounded once; sums are fp32
+
+
+def test_autocast_rounds_nothing_within_attention():
+    leaves = draw((1, 9, 2, 8), (1, 9, 2, 8), (1, 9, 2, 8), dtype=torch.float32)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = attention(*leaves, Spans.causal(9))
+            found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
 
 
 REFUSED = [
