@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.train.measured import Measured
-from ringspan.train.needle import DEPTHS, NEEDLES, SHORTEST
+from ringspan.train.needle import DEPTHS, NEEDLES, SHORTEST, Questions
 from ringspan.train.packing import IGNORE, Rows
 from ringspan.train.rows import Text
 from ringspan.train.step import Batches, MicroBatch
@@ -81,9 +81,9 @@ class Evaluation:
         self.held_out = None if held_out is None else batches(held_out)
         wanted = LENGTHS if config.every and text.config.needles else ()
         lengths = [seq_len // part for part in wanted if seq_len // part >= SHORTEST]
-        self.needles = [(length, batches(text.needles(seq_len, 0, length))) for length in lengths]
-        starts = sorted({start for k in range(64) for start in (2**k, 3 * 2**k // 2) if start < seq_len})
-        self.starts = torch.tensor([0, *starts], device=device)  # of the ranges that positions are counted in
+        needles = [text.needles(seq_len, 0, length) for length in lengths]
+        self.needles = [(length, rows, batches(rows)) for length, rows in zip(lengths, needles, strict=True)]
+        self.starts = range_starts(seq_len, device)
 
     def due(self, step: int, steps: int) -> bool:
         return bool(self.config.every) and (step % self.config.every == 0 or step == steps)
@@ -91,39 +91,55 @@ class Evaluation:
     def measure(self, token_losses: TokenLosses) -> Measured:
         measured = Measured()
         if self.held_out:
-            sums, counts = self._by_position(self.held_out, token_losses)
-            measured.loss = sum(sums) / max(1, sum(counts))
+            measured.loss, measured.by_position = loss_by_position(self.held_out, self.starts, token_losses)
             if tokens_per_byte := self.text.tokens_per_byte():
                 measured.bits_per_byte = measured.loss * tokens_per_byte / math.log(2)
-            each = zip(self.starts.tolist(), sums, counts, strict=True)
-            measured.by_position = [(start, total / n) for start, total, n in each if n]
-        measured.needles = {length: self._found(length, rows, token_losses) for length, rows in self.needles}
+        measured.needles = {
+            length: found_by_depth(rows, batches, token_losses) for length, rows, batches in self.needles
+        }
         return measured
 
-    def _found(self, length: int, batches: Batches, token_losses: TokenLosses) -> list[float]:
-        """Share of the needles at each depth that are found."""
-        counts = torch.zeros(2, NEEDLES, dtype=torch.float64, device=self.device)  # found, asked for
-        depths = torch.from_numpy(DEPTHS).to(self.device)
-        for mb in micro_batches(batches):
-            _, hits = token_losses(mb)
-            labelled = mb.labels != IGNORE
-            depth = depths[(mb.positions[labelled] - (length - 2 * NEEDLES)) // 2]
-            counts[0].index_add_(0, depth, hits[labelled].double())
-            counts[1].index_add_(0, depth, torch.ones_like(depth, dtype=torch.float64))
-        found, asked = summed(counts)
-        return (found / asked).tolist()
 
-    def _by_position(self, batches: Batches, token_losses: TokenLosses) -> tuple[list[float], list[float]]:
-        """(sum of losses, labels) of each range of positions, over all ranks."""
-        sums = torch.zeros(2, len(self.starts), dtype=torch.float64, device=self.device)
-        for mb in micro_batches(batches):
-            losses, _ = token_losses(mb)
-            labelled = mb.labels != IGNORE
-            where = torch.bucketize(mb.positions[labelled], self.starts, right=True) - 1
-            sums[0].index_add_(0, where, losses[labelled].double())
-            sums[1].index_add_(0, where, torch.ones_like(where, dtype=torch.float64))
-        totals, counts = summed(sums).tolist()
-        return totals, counts
+def range_starts(seq_len: int, device: torch.device) -> Tensor:
+    """Of the ranges that positions are counted in, two for each doubling: int64."""
+    starts = sorted({start for k in range(64) for start in (2**k, 3 * 2**k // 2) if start < seq_len})
+    return torch.tensor([0, *starts], device=device)
+
+
+def loss_by_position(
+    batches: Batches, starts: Tensor, token_losses: TokenLosses
+) -> tuple[float, list[tuple[int, float]]]:
+    """(loss of a label, the same of each range of positions that has labels, by where it starts), over all ranks."""
+    sums = torch.zeros(2, len(starts), dtype=torch.float64, device=starts.device)  # of losses, labels
+    for mb in micro_batches(batches):
+        losses, _ = token_losses(mb)
+        labelled = mb.labels != IGNORE
+        where = torch.bucketize(mb.positions[labelled], starts, right=True) - 1
+        sums[0].index_add_(0, where, losses[labelled].double())
+        sums[1].index_add_(0, where, torch.ones_like(where, dtype=torch.float64))
+    totals, counts = summed(sums).tolist()
+    each = zip(starts.tolist(), totals, counts, strict=True)
+    return sum(totals) / max(1, sum(counts)), [(start, total / n) for start, total, n in each if n]
+
+
+def found_by_depth(rows: Questions, batches: Batches, token_losses: TokenLosses) -> list[float]:
+    """Share of the needles at each depth that are found: each token of the answer is the likeliest one.
+
+    ``batches`` are those of ``rows``; the tokens of an answer may be on several ranks.
+    """
+    mesh, (first, size) = batches.attend.mesh, rows.questions
+    counts = []  # of each micro-batch: of every row's questions, the tokens that are the likeliest, and all
+    for mb in micro_batches(batches):
+        _, hits = token_losses(mb)
+        row, column = (mb.labels != IGNORE).nonzero(as_tuple=True)
+        question = (mb.positions[row, column] - first) // size
+        count = torch.zeros(2, mesh.data, len(mb.labels), NEEDLES, dtype=torch.float64, device=mb.labels.device)
+        for of_all, what in zip(count, (hits[row, column], torch.ones_like(row)), strict=True):
+            of_all[mesh.data_rank].index_put_((row, question), what.double(), accumulate=True)
+        counts.append(count)
+    right, asked = summed(torch.stack(counts, dim=1)).flatten(1, -2)
+    shares = ((right == asked) & (asked > 0)).sum(dim=0) / (asked > 0).sum(dim=0)
+    return [shares[question].item() for question in np.argsort(DEPTHS)]
 
 
 def micro_batches(batches: Batches) -> Iterator[MicroBatch]:

@@ -6,19 +6,24 @@ model = load_model(found, attend, device, torch.bfloat16, seq_len)   # all ranks
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from omegaconf import OmegaConf
 
+from ringspan.train.activations import Activations, Policy
 from ringspan.train.corpus import is_corpus
 from ringspan.train.corpus import read_manifest as read_corpus
+from ringspan.train.data import DataConfig
 from ringspan.train.huggingface import DEFAULTS, Folder
 from ringspan.train.initial import open_weights
 from ringspan.train.manifest import MANIFEST, damage, find, read_manifest
 from ringspan.train.model import GPT, Attend, ModelConfig
 from ringspan.train.phases import Phase, phase_at
 from ringspan.train.tokenizer import tokenizer_fingerprint
+
+Part = TypeVar("Part")
+TILE = 16_384  # tokens that all but attention is computed for at once: at an 8B model's width 1 GiB of an MLP in bf16
 
 
 class Pretrained(NamedTuple):
@@ -28,6 +33,8 @@ class Pretrained(NamedTuple):
     trained: Phase  # the last rows that it was trained on: their length, and the base of their rotary positions
     tokenizer: str | None  # what is known of it; None: whoever uses the model has to say
     corpus: str | None  # fingerprint of the tokenizer that prepared its text, where that is known
+    data: DataConfig | None = None  # what a run was trained on
+    digest: str | None = None  # of its tokens then
 
 
 def find_model(path: Path) -> Pretrained:
@@ -43,12 +50,18 @@ def find_model(path: Path) -> Pretrained:
     known = data["path"] is not None and is_corpus(folder)
     return Pretrained(
         path,
-        cast(ModelConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), config["model"]))),
+        _typed(ModelConfig, config["model"]),
         saved.vocab_size,
         phase_at(phases, first, max(0, saved.step - 1)),
         data["tokenizer"],
         read_corpus(folder)["tokenizer"] if known else None,
+        _typed(DataConfig, data),
+        saved.data,
     )
+
+
+def _typed(part: type[Part], values: dict[str, Any]) -> Part:
+    return cast(Part, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(part), values)))
 
 
 def newest(source: Path) -> Path:
@@ -113,7 +126,8 @@ def load_model(
     except ValueError as error:
         raise ValueError(str(error).replace("init=", "checkpoint=", 1)) from error
     assert source is not None
-    model = GPT(found.model, found.vocab_size, attend, device=device, dtype=dtype)
+    policy = Policy(activations=Activations.recompute, mlp_tile=TILE)  # keeps nothing whole
+    model = GPT(found.model, found.vocab_size, attend, policy, device=device, dtype=dtype)
     model.rope = found.model.rope(max(seq_len, found.trained.seq_len), found.trained.rope_base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
