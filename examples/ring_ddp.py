@@ -19,11 +19,6 @@ class Transformer(nn.Module):
         self.qkv = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(layers))
         mlp = [(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)) for _ in range(layers)]
         self.mlp = nn.ModuleList(nn.Sequential(*parts) for parts in mlp)
-        self.heads, self.tokens, self.positions = heads, nn.Embedding(vocabulary, dim), nn.Embedding(longest, dim)
-        self.qkv = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(layers))
-        self.mlp = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)) for _ in range(layers)
-        )
         self.head = nn.Linear(dim, vocabulary)
 
     def forward(self, x: Tensor, positions: Tensor, ring_plan, group) -> Tensor:  # this rank's shards
@@ -33,6 +28,13 @@ class Transformer(nn.Module):
             x = x + ring_attention(q, k, v, ring_plan, group).flatten(2)
             x = x + mlp(F.layer_norm(x, x.shape[-1:]))
         return self.head(x)
+
+
+def draw(lengths: tuple[int, ...]) -> list[Tensor]:
+    """tokens, labels, positions of documents that count on by the same number, end to end: the same on all ranks."""
+    documents = [(torch.randint(17, (4, 1)) + 3 * torch.arange(n + 1)) % 17 for n in lengths]
+    tokens, labels = (torch.cat([d[:, i : i + d.shape[1] - 1] for d in documents], 1) for i in (0, 1))
+    return [tokens, labels, torch.cat([torch.arange(n) for n in lengths]).expand_as(tokens)]
 
 
 def train(steps: int = 30, lengths: tuple[int, ...] = (110, 7, 133)) -> list[float]:
@@ -45,12 +47,9 @@ def train(steps: int = 30, lengths: tuple[int, ...] = (110, 7, 133)) -> list[flo
     model = DistributedDataParallel(Transformer(vocabulary=17, longest=max(lengths)).to(device))
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for _ in range(steps):
-        documents = [(torch.randint(17, (4, 1)) + 3 * torch.arange(n + 1)) % 17 for n in lengths]  # alike on all ranks
-        tokens, labels = (torch.cat([d[:, i : i + d.shape[1] - 1] for d in documents], 1) for i in (0, 1))
-        positions = torch.cat([torch.arange(n) for n in lengths]).expand_as(tokens)
-        x, p, y = (
-            layout.shard(t, rank, 1, fill=f).to(device) for t, f in ((tokens, 0), (positions, 0), (labels, -100))
-        )
+        tokens, labels, positions = draw(lengths)
+        parts = (tokens, 0), (positions, 0), (labels, -100)
+        x, p, y = (layout.shard(t, rank, 1, fill=fill).to(device) for t, fill in parts)
         loss = F.cross_entropy(model(x, p, ring_plan, group).flatten(0, 1), y.flatten(), reduction="sum")
         optimizer.zero_grad()
         (loss * ranks / labels.numel()).backward()  # DDP averages over ranks, each of which has a part of the sum

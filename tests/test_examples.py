@@ -17,7 +17,7 @@ def losses(name: str) -> list[float]:
         sys.path.remove(str(EXAMPLES))
 
 
-@pytest.mark.parametrize("name, last", [("ring_ddp", 0.2), ("vision_text", 0.2)])
+@pytest.mark.parametrize("name, last", [("ring_ddp", 0.2), ("ring_fsdp2", 0.2), ("vision_text", 0.2)])
 def test_examples_learn_and_have_the_losses_of_one_process(name, last, ranks):
     alone = ranks(1)(losses, name)[0]
     assert alone[-1] < last * alone[0]
@@ -27,5 +27,6 @@ def test_examples_learn_and_have_the_losses_of_one_process(name, last, ranks):
 
 
 def test_a_loop_of_your_own_is_short():
-    lines = (EXAMPLES / "ring_ddp.py").read_text().splitlines()
-    assert sum(bool(line) for line in lines) < 60
+    for name in ("ring_ddp", "ring_fsdp2", "hf_trainer"):
+        lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
+        assert sum(bool(line) for line in lines) < 60
