@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringspan.kernels.attention import accumulator, define_operators, fake_backward
+from ringspan.parallel.parts import within
 from ringspan.parallel.ulysses import exchange, repeat_heads, sum_repeated
 
 
@@ -55,4 +56,5 @@ def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def define_sharded(name: str, settings: str, forward: Callable[..., object], backward: Callable[..., object]) -> None:
     """The operators that ``ShardedAttention`` runs by that name; ``settings`` follow a plan's two tensors."""
     settings = f"Tensor table, Tensor data, {settings}"
+    forward, backward = (within("attention")(run) for run in (forward, backward))
     define_operators(name, settings, forward, backward, backward_settings=f"{settings}, bool wide", fake=_fake_backward)

@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _SymmetricMemory
 
+from ringspan.parallel.parts import within
+from ringspan.parallel.waiting import waiting
 from ringspan.parallel.watchdog import Wait
 
 Pair = tuple[Tensor, Tensor]  # contiguous, of one shape (batch, rows, heads, dim) and dtype
@@ -99,6 +101,7 @@ class Mailbox:
             self.link.allocate(self.boxes * room)
             self.room, self.started, self.finished = room, 0, 0
 
+    @within("ring")
     def exchange(self, sent: Pair, to: int, rows: int, source: int, what: str) -> _Delivery:
         number, link = self.started, self.link
         assert number - self.finished < self.boxes, f"{what}: the box of {self.boxes} exchanges ago has not been read"
@@ -207,10 +210,11 @@ class CudaLink:
 
     def join(self, mark: torch.cuda.Event, counter: int, value: int | None) -> None:
         compute = self.here()
-        compute.wait_event(mark)
-        if value is not None:
-            self._expect(self.inbox, counter, value)
-            compute.wait_stream(self.inbox)
+        with waiting(self.device, compute):
+            compute.wait_event(mark)
+            if value is not None:
+                self._expect(self.inbox, counter, value)
+                compute.wait_stream(self.inbox)
 
     def box(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         assert self.buffer is not None

@@ -27,8 +27,10 @@ from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.spans import Spans
 from ringspan.parallel.autograd import ShardedAttention, define_sharded
 from ringspan.parallel.layout import Layout
+from ringspan.parallel.parts import part
 from ringspan.parallel.ring_plan import local_bounds, pack_plan, padded, to_device, unpack_plan
 from ringspan.parallel.transport import agree, group_by_name
+from ringspan.parallel.waiting import waiting
 
 OPERATOR = "gather_attention"  # of torch.ops.ringspan
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13, and before
@@ -100,7 +102,8 @@ def _gathered(k: Tensor, v: Tensor, where: Tensor, group: dist.ProcessGroup) -> 
     agree(group, {"k and v": (*k.shape, k.dtype)})
     sent = torch.stack((k, v))
     everyone = sent.new_empty(group.size() * 2, *k.shape)
-    _all_gather(everyone, sent, group=group)
+    with part("ring"), waiting(k.device):
+        _all_gather(everyone, sent, group=group)
     k_all, v_all = (one.transpose(0, 1).flatten(1, 2) for one in everyone.unflatten(0, (-1, 2)).unbind(1))
     return k_all.index_select(1, where), v_all.index_select(1, where)
 
@@ -109,11 +112,12 @@ def _sent_home(grads: tuple[Tensor, Tensor], where: Tensor, rows: int, group: di
     """(2, batch, rows, kv_heads, dim): dK and dV of this rank's keys, summed over the ranks in their order."""
     ranks, (batch, _, *rest) = group.size(), grads[0].shape
     parts = grads[0].new_zeros(2, batch, ranks * rows, *rest)
-    for part, grad in zip(parts, grads, strict=True):
-        part.index_copy_(1, where.long(), grad)
+    for whole, grad in zip(parts, grads, strict=True):
+        whole.index_copy_(1, where.long(), grad)
     sent = parts.unflatten(2, (ranks, rows)).movedim(2, 0).contiguous()
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    with part("ring"), waiting(sent.device):
+        dist.all_to_all_single(received, sent, group=group)
     total, *others = received.unbind()
     for other in others:
         total += other

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from ringspan.parallel.waiting import turn, waiting
+
 
 class Streams:
     """``on(0)`` is the stream that was current, ``on(1)`` the one beside it; on a CPU there is nothing to be beside."""
@@ -21,7 +23,8 @@ class Streams:
     def after(self, i: int, other: int) -> None:
         """Stream i waits for all that the other has been given so far."""
         if self.streams:
-            self.streams[i].wait_stream(self.streams[other])
+            with waiting(self.streams[i].device, self.streams[i]):
+                self.streams[i].wait_stream(self.streams[other])
 
 
 @contextmanager
@@ -38,7 +41,8 @@ def side_by_side(device: torch.device, n: int) -> Iterator[Streams]:
     streams = Streams([here, _side(here.device_index)])
     streams.after(1, 0)
     try:
-        yield streams
+        with turn(streams.streams[1]):
+            yield streams
     finally:
         streams.after(0, 1)
 

@@ -15,6 +15,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ringspan.parallel import copy_engine
 from ringspan.parallel.copy_engine import Lane, Pair
+from ringspan.parallel.parts import within
+from ringspan.parallel.waiting import waiting
 from ringspan.parallel.watchdog import TransportError, Wait
 
 
@@ -60,10 +62,11 @@ class _Works:
         self.works = dist.batch_isend_irecv(moves) if moves else []
         self.waited = False
 
+    @within("ring")
     def wait(self) -> Pair:
         cuda = self.arriving[0].is_cuda
         if self.works and (cuda or not self.waited):  # on a CPU the host itself has waited, and for all
-            with nullcontext() if self.waited else self.waiting:
+            with waiting(self.arriving[0].device), nullcontext() if self.waited else self.waiting:
                 for work in self.works:
                     work.wait()
         if cuda and self.waited:  # a second stream: the allocator knows of the first

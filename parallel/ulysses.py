@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringspan.parallel.parts import part
 from ringspan.parallel.transport import agree, group_by_name
+from ringspan.parallel.waiting import waiting
 
 
 def to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -38,7 +40,8 @@ def exchange(x: Tensor, group_name: str, split_dim: int, join_dim: int) -> Tenso
     agree(group, {"shape": tuple(x.shape), "dtype": x.dtype})
     sent = torch.stack(x.chunk(group.size(), dim=split_dim))
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    with part("ring"), waiting(x.device):
+        dist.all_to_all_single(received, sent, group=group)
     return torch.cat(received.unbind(), dim=join_dim)
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ringspan.parallel.parts import within
 from ringspan.train.optim import OptimConfig, adamw
 from ringspan.train.state import State
 
@@ -110,6 +111,7 @@ class Engine:
         self.deepspeed.train()
         return found
 
+    @within("gradients")
     def backward(self, loss_sum: Tensor, step_tokens: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss_sum / step_tokens`` over all ranks; ``last`` is the step's last micro-batch.
 
@@ -121,6 +123,7 @@ class Engine:
         scale = self.world / step_tokens + 0 * loss_sum.detach()
         self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
 
+    @within("optimizer")
     def step(self, lr: float) -> float:
         """Clip and update; the norm of the whole gradient before clipping. Where it is not finite, nothing changes."""
         for group in self.deepspeed.optimizer.param_groups:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringspan.parallel.parts import within
+
 
 class LayerWeights(NamedTuple):
     attention_norm: Tensor  # (E,)
@@ -166,7 +168,8 @@ class Parts:
 
     def __init__(self, backend: str | None = None) -> None:
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(function, backend=backend, fullgraph=True) if backend else function
+            function = torch.compile(function, backend=backend, fullgraph=True) if backend else function
+            return within("mlp")(function)
 
         self.project, self.turn, self.finish = compiled(project), compiled(turn), compiled(finish)
         self.finish_backward, self.project_backward = compiled(finish_backward), compiled(project_backward)

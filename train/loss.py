@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ringspan.parallel.parts import within
 from ringspan.train.packing import IGNORE
 
 BYTES_OF_A_CHUNK = 2**30
@@ -59,6 +60,7 @@ def rows_of_chunk(rows: int, vocabulary: int, element_bytes: int) -> int:
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
+    @within("loss")
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_loss: float, want_grads: bool
     ) -> Tensor:
@@ -80,6 +82,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @within("loss")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
         dhidden = None if dhidden is None else dhidden * dloss

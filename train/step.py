@@ -11,6 +11,7 @@ from torch import Tensor
 from ringspan.kernels.spans import Spans
 from ringspan.parallel.attention import AttentionPlan, SequenceAttention
 from ringspan.parallel.layout import Layout
+from ringspan.parallel.parts import within
 from ringspan.train.packing import Rows
 
 
@@ -83,6 +84,7 @@ class Prefetch:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # a thread starts on device 0
 
+    @within("data")
     def take(self, rows_seen: int, then: int) -> list[MicroBatch]:
         """The step after ``rows_seen`` rows; the one after ``then`` rows is begun."""
         coming = self.coming if self.at == rows_seen else None
