@@ -1,12 +1,13 @@
 """Each metric against numbers worked out by hand, and what a run leaves behind: files, W&B, one progress line."""
 
 import io
+import itertools
 import json
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ringspan.train import metrics
+from ringspan.train import metrics, wandb_run
 from ringspan.train.measured import Measured
-from ringspan.train.metrics import METRICS, LoggerConfig, RunLog, WandbMode, flops_per_step, peak_of, record
-from ringspan.train.progress import Progress, short_time
+from ringspan.train.metrics import METRICS, LoggerConfig, Ranks, WandbMode, flops_per_step, peak_of, record
+from ringspan.train.run_log import RunLog
 
 CPU = torch.device("cpu")
 NUMBERS = {
@@ -31,8 +32,10 @@ NUMBERS = {
     "step_seconds": 0.5,
     "data_seconds": 0.05,
     "save_seconds": 0.01,
+    "exposed_comm_seconds": 0.005,
     "ring_imbalance": 0.02,
     "skipped": 2,
+    "memory": {"weights": 1.0, "optimizer": 3.0, "activations": None, "gradients": None, "transport": 0.0},
     "world": 4,
     "device": CPU,
 }
@@ -46,17 +49,25 @@ class Config:
     logger: LoggerConfig = field(default_factory=lambda: LoggerConfig(wandb=WandbMode.disabled))
 
 
+NEEDLES = {64: [0.0, 1.0], 128: [0.5, 0.25]}
+
+
 def read(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def log_steps(folder: Path, steps: range, *, config: Config | None = None, rank: int = 0) -> str:
-    said = io.StringIO()
-    log = RunLog(str(folder), config or Config(), rank=rank, first_step=steps.start - 1, stream=said)
-    for step in steps:
-        log.step(record(**{**NUMBERS, "step": step, "tokens": 2000 * step}))
+def log_steps(
+    folder: Path, steps: range, *, config: Config | None = None, losses: Sequence[float] = (), measured: bool = False
+) -> None:
+    log = RunLog(str(folder), config or Config(), first_step=steps.start - 1, stream=io.StringIO())
+    if measured:
+        log.banner({"mesh": {"ring": 2}})
+    for step, loss in itertools.zip_longest(steps, losses, fillvalue=2.5):
+        log.step(record(**{**NUMBERS, "step": step, "tokens": 2000 * step, "loss": loss}))
+        if measured:
+            found = Measured(loss=loss + 1, by_position=[(0, 2.0), (1, 1.0)], needles=NEEDLES)
+            log.evaluation(step, 2000 * step, found)
     log.close()
-    return said.getvalue()
 
 
 def test_flops_by_hand():
@@ -83,7 +94,13 @@ def test_a_record_by_hand(monkeypatch):
         "perf/step_seconds": 0.5,
         "perf/data_seconds": 0.05,
         "perf/save_seconds": 0.01,
+        "perf/exposed_comm_seconds": 0.005,
         "perf/ring_imbalance": 0.02,
+        "memory/weights_gib": 1.0,
+        "memory/optimizer_gib": 3.0,
+        "memory/activations_gib": None,
+        "memory/gradients_gib": None,
+        "memory/transport_gib": 0.0,
         "memory/peak_allocated_gib": 1.5,
         "memory/peak_reserved_gib": 2.5,
     }
@@ -229,6 +246,22 @@ def test_other_ranks_write_and_say_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_all_ranks_print_where_they_are_asked_to_and_one_writes(tmp_path):
+    config = Config(logger=LoggerConfig(wandb=WandbMode.disabled, ranks=Ranks.all))
+    for rank in (0, 3):
+        log = RunLog(str(tmp_path / str(rank)), config, rank=rank, stream=(said := io.StringIO()))
+        log.banner({"mesh": {"ring": 4}})
+        log.step(record(**{**NUMBERS, "data_seconds": 0.01 * rank}))
+        log.say("x")
+        log.verdict(1.0, 2.0)
+        log.close()
+        lines = said.getvalue().splitlines()
+        assert all(line.startswith(f"rank {rank}: ") for line in lines)
+        assert any(line.startswith(f"rank {rank}: step  3/10 | ") and f"data {rank * 2}.0%" in line for line in lines)
+        assert ("mesh  ring 4" in said.getvalue()) == (rank == 0), "facts are told once"
+        assert (tmp_path / str(rank)).exists() == (rank == 0)
+
+
 def test_the_banner_is_printed_and_kept(tmp_path):
     log = RunLog(str(tmp_path), Config(), stream=(said := io.StringIO()))
     log.banner({"parameters": 1234567, "attention": {"backend": "torch", "layout": "zigzag"}})
@@ -238,43 +271,9 @@ def test_the_banner_is_printed_and_kept(tmp_path):
     kept = json.loads((tmp_path / "run.json").read_text())
     assert kept["attention"] == {"backend": "torch", "layout": "zigzag"}
     assert kept["config"]["mode"] == "offline"
-    assert torch.__version__.startswith(kept["versions"]["torch"])  # whose metadata may not name the build
-
-
-def test_plain_lines_with_the_time_left(tmp_path):
-    lines = log_steps(tmp_path, range(1, 3)).splitlines()
-    assert len(lines) == 2
-    assert lines[1].startswith("step  2/10 | loss 2.5000 | lr 1.00e-03 | norm 0.70 | 1,000 tok/s/gpu | mem ")
-    assert lines[1].endswith(" | data 10.0% | 0.50 s | 4.0K tok | eta 4s")  # 8 steps of half a second
-    assert "mfu" not in lines[1]
-
-
-def test_the_first_step_says_nothing_of_the_time_left():
-    progress = Progress(10, io.StringIO())
-    for step, seconds in ((1, 100.0), (2, 1.0), (3, 1.0)):  # 100: it compiles
-        progress.step(record(**{**NUMBERS, "step": step, "step_seconds": seconds}))
-    assert progress.stream.getvalue().endswith("eta 7s\n")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_terminal_sees_one_line_rewritten(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    progress = Progress(10, terminal := Terminal())
-    progress.step(record(**NUMBERS))
-    progress.step(record(**{**NUMBERS, "step": 4}))
-    progress.say("done")
-    first, second = terminal.getvalue().split("\r\x1b[2K")[1:]
-    assert first.startswith("step  3/10") and len(first) == 39 and "\n" not in first  # noqa: PT018 - one line
-    assert second.endswith("\ndone\n")
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(4.2, "4s"), (65, "1m05s"), (5 * 3600 + 12 * 60 + 1, "5h12m")])
-def test_time_left_in_words(seconds, text):
-    assert short_time(seconds) == text
+    assert kept["versions"].keys() >= {"python", "torch"}
+    assert kept["source"].keys() in ({"commit", "dirty"}, {"commit", "why"})
+    assert f"source  commit {kept['source']['commit']}" in said.getvalue()
 
 
 def test_the_verdict_says_which_is_smaller(tmp_path):
@@ -305,14 +304,14 @@ def test_online_only_with_a_key(monkeypatch, tmp_path, environment, asked, mode)
     Path("netrc").write_text("machine api.wandb.ai login user password " + "k" * 40 + "\n")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert metrics.wandb_mode(asked) == mode
+    assert wandb_run.wandb_mode(asked) == mode
 
 
 def test_wandb_has_the_run_against_tokens_and_goes_on_with_it(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     config = Config(logger=LoggerConfig(wandb=WandbMode.offline, project="proj", group="g"))
-    log_steps(tmp_path, range(1, 3), config=config)
-    log_steps(tmp_path, range(2, 4), config=config)  # resumed after step 1
+    log_steps(tmp_path, range(1, 3), config=config, losses=(1.5, 4.0))
+    log_steps(tmp_path, range(2, 4), config=config, losses=(3.0, 2.0), measured=True)  # resumed after step 1
     runs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     run_id = (tmp_path / "wandb_id").read_text().strip()
     assert [path.name for path in runs] == [f"run-{run_id}.wandb"] * 2
@@ -323,9 +322,22 @@ def test_wandb_has_the_run_against_tokens_and_goes_on_with_it(tmp_path, monkeypa
     assert {"glob_name": "*", "options": {"defined": True, "step_sync": True}, "step_metric": "tokens"} in said[0][
         "metric"
     ]
-    for part, tokens in zip(said, ([2000, 4000], [4000, 6000]), strict=True):
+    for part, tokens in zip(said, ([2000, 4000], [4000, 4000, 6000, 6000]), strict=True):
         assert [one["item"]["tokens"] for one in part["history"]] == tokens
-        assert set(METRICS) - set(part["history"][0]["item"]) == {"perf/mfu"}  # unknown here, so not logged
+        missing = {"perf/mfu", "memory/activations_gib", "memory/gradients_gib"}  # null, so not logged
+        assert set(METRICS) - set(part["history"][0]["item"]) == missing
+    told = said[1]["config"][0]["update"]
+    assert told["run"] == {"mesh": {"ring": 2}}
+    assert {"python", "torch"} <= told["versions"].keys()
+    assert "commit" in told["source"]
+    evaluated = said[1]["history"][1]["item"]
+    drawn = tmp_path / "wandb" / runs[1].parent.name / "files" / evaluated["eval/needles_by_depth.path"]
+    assert drawn.read_text().count('fill="#06c"') == 4, "a field for each length and depth"
+    assert evaluated["eval/loss_by_position_table.nrows"] == 2
+    summary = {name: value for part in said[1]["summary"] for name, value in part["update"].items()}
+    loss = {"best/train/loss": 1.5, "best/train/loss_step": 1, "final/train/loss": 2.0}  # of steps 1, then 2 and 3
+    held_out = {"best/eval/loss": 3.0, "best/eval/loss_step": 3, "final/eval/loss": 3.0}
+    assert {name: value for name, value in summary.items() if name[:5] in {"best/", "final"}} == {**loss, **held_out}
 
 
 def inspect(path: Path) -> dict[str, list[dict]]:

@@ -22,14 +22,18 @@ from ringspan.train.checkpoint import Checkpointer
 from ringspan.train.data import prepare
 from ringspan.train.engine import Engine, deterministic
 from ringspan.train.evaluate import Evaluation
+from ringspan.train.facts import facts
 from ringspan.train.health import Spikes, report, watched
 from ringspan.train.initial import open_weights
 from ringspan.train.layer import CompileClock
-from ringspan.train.metrics import RunLog, flops_per_step, plain, record
+from ringspan.train.meter import Meter
+from ringspan.train.metrics import flops_per_step, plain, record
 from ringspan.train.model import GPT
 from ringspan.train.optim import learning_rate
 from ringspan.train.phases import Phase, phase_at
-from ringspan.train.rows import Text, packing_facts
+from ringspan.train.profiling import Profiler
+from ringspan.train.rows import Text
+from ringspan.train.run_log import RunLog
 from ringspan.train.step import Batches, MicroBatch, Prefetch
 from ringspan.train.stopping import resume_command, signals
 from ringspan.train.watchdog import Watchdog
@@ -101,9 +105,9 @@ class Trainer:
         self.first_phase = Phase(seq_len=config.seq_len)
         self.enter(phase_at(config.phases, self.first_phase, self.done.step))
         self.log = RunLog(run_dir, config, rank=dist.get_rank(), first_step=self.done.step)
-        self.log.banner(self.facts())
-        self.logged_step = self.done.step
-        self.seconds = self.data_seconds = self.save_seconds = 0.0  # of the steps since then
+        self.log.banner(facts(self))
+        self.profiler = Profiler(config.profile, run_dir, self.device, self.log.say)
+        self.meter = Meter(self.device, self.engine.state)
         self.skipped_in_a_row, self.spikes = 0, Spikes()
 
     def memory_explained(self) -> AbstractContextManager[None]:
@@ -142,32 +146,6 @@ class Trainer:
         m, dtype = self.config.model, self.config.engine.resolve(self.device.type)
         return torch.empty(1, 1, m.n_heads, m.head_dim, dtype=dtype, device=self.device)
 
-    def facts(self) -> dict[str, Any]:
-        """What a reader of the log has to know; told once."""
-        c, m = self.config, self.config.model
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        return {
-            "corpus": f"{self.text.name}, {self.text.tokens:,} tokens, {len(self.batches.rows):,} rows"
-            + (f", {self.text.n_skipped:,} files or rows left out" if self.text.n_skipped else ""),
-            "packing": packing_facts(self.batches.rows),
-            "unigram_entropy": round(self.text.unigram_entropy, 4),
-            "model": {"parameters": self.engine.parameters, "in_matrices": m.matmul_parameters(self.vocab_size)},
-            "mesh": {"data": self.mesh.data, "ring": self.mesh.ring, "ulysses": self.mesh.ulysses},
-            "attention": self.picked,
-            "engine": {"device": device, "dtype": str(self.engine.dtype), "zero": c.engine.zero},
-            "layers": {name: str(getattr(x, "value", x)) for name, x in vars(c.train.policy(self.device.type)).items()},
-            "step": {
-                "rows": self.batches.rows_of_a_step,
-                "tokens": self.batches.rows_of_a_step * self.phase.seq_len,
-            },
-            "memory": budget.in_words(self.job, self.machine),
-            "first_micro_batch": self.batches.facts(self.done.rows_seen),
-            "resumed": str(self.resumed) if self.resumed else "no",
-            **({"init": c.init} if self.initial and not self.resumed else {}),
-            **({"refused": self.refused} if self.refused else {}),
-            **({"changed": ", ".join(self.changes)} if self.changes else {}),
-        }
-
     def enter(self, phase: Phase) -> None:
         """Make ready for rows of a phase's length."""
         c, t = self.config, self.config.train
@@ -198,7 +176,7 @@ class Trainer:
         c = self.config
         while self.done.step < c.steps:
             result = self.timed_step()
-            if self.done.step % c.train.log_every == 0 or self.done.step == c.steps:
+            if self.logs(self.done.step):
                 self.log_step(result)
             if self.evaluation.due(self.done.step, c.steps):
                 self.evaluate()
@@ -210,10 +188,13 @@ class Trainer:
         self.log.verdict(self.done.loss, self.text.unigram_entropy)
         return self.done.loss
 
+    def logs(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == self.config.steps
+
     def timed_step(self) -> StepResult:
-        started = time.perf_counter()
-        result = self.step()
-        self.seconds += time.perf_counter() - started  # the gradient's norm has waited for the device
+        step = self.done.step + 1
+        with self.profiler.step(step), self.meter.step(logged=self.logs(step)):
+            result = self.step()
         if seconds := self.compiling.news():
             self.log.say(f"step {self.done.step}: {seconds:.1f} s of it were torch.compile's")
         self.watch.settle()
@@ -232,11 +213,9 @@ class Trainer:
 
     def next_micro_batches(self) -> list[MicroBatch]:
         self.watch.at(f"step {self.done.step + 1}: data")
-        started = time.perf_counter()
         seen = self.done.rows_seen
-        micro_batches = self.prefetch.take(seen, then=seen + self.batches.rows_of_a_step)
-        self.data_seconds += time.perf_counter() - started
-        return micro_batches
+        with self.meter.timed("data"):
+            return self.prefetch.take(seen, then=seen + self.batches.rows_of_a_step)
 
     def count_labels_no_sync(self, micro_batches: list[MicroBatch]) -> Tensor:
         """Of all ranks: every label is on one rank of its data group, so each counts once."""
@@ -250,8 +229,11 @@ class Trainer:
         for number, mb in enumerate(micro_batches, start=1):
             self.watch.at(f"step {self.done.step + 1}: forward and backward {number} of {len(micro_batches)}")
             loss = self.engine.loss_sum(mb.tokens, mb.labels, mb.positions, mb.ring_plan)
+            if number == 1:
+                self.meter.see("forward")
             self.engine.backward(loss, tokens, last=number == len(micro_batches))
             loss_sum += loss.detach()
+        self.meter.see("backward")
         return loss_sum
 
     def lr(self) -> float:
@@ -294,11 +276,11 @@ class Trainer:
         self.done.tokens += self.batches.rows_of_a_step * self.phase.seq_len
 
     def log_step(self, result: StepResult) -> None:
-        loss, attended, imbalance = self.totals(result)
+        loss, attended, imbalance, exposed = self.totals(result)
         self.done.loss = loss if math.isfinite(loss) else self.done.loss
         if spike := self.spikes.see(loss):
             self.log.say(f"step {self.done.step}: {spike}")
-        c, rows, steps = self.config, self.batches.rows_of_a_step, self.done.step - self.logged_step
+        c, rows = self.config, self.batches.rows_of_a_step
         flops = flops_per_step(
             c.model.matmul_parameters(self.vocab_size),
             rows * self.phase.seq_len,
@@ -316,16 +298,15 @@ class Trainer:
                 lr=learning_rate(c.optim, self.done.step, c.steps),
                 step_tokens=rows * self.phase.seq_len,
                 step_flops=flops,
-                step_seconds=self.seconds / steps,
-                data_seconds=self.data_seconds / steps,
-                save_seconds=self.save_seconds / steps,
+                exposed_comm_seconds=exposed,
                 ring_imbalance=imbalance,
                 skipped=self.done.skipped,
+                memory=self.meter.memory(),
                 world=self.mesh.world,
                 device=self.device,
+                **self.meter.take(),
             )
         )
-        self.seconds, self.data_seconds, self.save_seconds, self.logged_step = 0.0, 0.0, 0.0, self.done.step
 
     def evaluate(self) -> None:
         self.watch.at(f"step {self.done.step}: evaluation", slow=True)
@@ -334,23 +315,24 @@ class Trainer:
         )
         self.log.evaluation(self.done.step, self.done.tokens, measured)
 
-    def totals(self, result: StepResult) -> tuple[float, int, float]:
-        """(loss a label token, attended pairs, mean imbalance) of the step, over all ranks. Waits for the device."""
-        sums = torch.tensor([0.0, result.attended, result.imbalance], dtype=torch.float64, device=self.device)
+    def totals(self, result: StepResult) -> tuple[float, int, float, float]:
+        """(loss a label token, attended pairs, mean imbalance, a rank's seconds of exposed communication) of the step,
+        over all ranks. Waits for the device."""
+        here = [0.0, result.attended, result.imbalance, self.meter.exposed_seconds()]
+        sums = torch.tensor(here, dtype=torch.float64, device=self.device)
         sums[0] = result.loss_sum / result.tokens
         dist.all_reduce(sums)
-        loss, attended, imbalance = sums.tolist()
+        loss, attended, imbalance, exposed = sums.tolist()
         sharing = self.mesh.ring * self.mesh.ulysses  # each rank of a data group counts its rows
-        return loss, round(attended / sharing), imbalance / self.mesh.world
+        return loss, round(attended / sharing), imbalance / self.mesh.world, exposed / self.mesh.world
 
     def save(self) -> None:
         """Begin a checkpoint. Where the one before has failed the run goes on: it has what it had."""
-        started = time.perf_counter()
-        self.watch.at(f"step {self.done.step}: the checkpoint before this one", slow=True)
-        if problem := self.checkpoints.wait():
-            self.log.say(f"{problem}; training goes on")
-        self.checkpoints.begin(self.engine.state, self.device, self.done)
-        self.save_seconds += time.perf_counter() - started
+        with self.meter.timed("save"):
+            self.watch.at(f"step {self.done.step}: the checkpoint before this one", slow=True)
+            if problem := self.checkpoints.wait():
+                self.log.say(f"{problem}; training goes on")
+            self.checkpoints.begin(self.engine.state, self.device, self.done)
 
     def finish_saving(self) -> None:
         """ValueError: the last checkpoint is not whole."""

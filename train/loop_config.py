@@ -22,9 +22,9 @@ class LoopConfig:
     offload: Offload = Offload.none  # where what is kept waits for backward
     mlp_tile: int = 0  # tokens of a row that all of a layer but its attention is computed for at once; 0: all
     compile: bool | None = None  # the layers, by torch.compile; null: on CUDA
-    attention: Backend = Backend.auto
+    attention: Backend = Backend.auto  # the backend of attention; one that cannot run is refused, not replaced
     z_loss: float = 0.0  # adds this x logsumexp(logits)^2 to a token's loss, and to train/loss; 1e-4 is usual
-    log_every: int = 1  # steps
+    log_every: int = 1  # steps from one logged step to the next
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 3  # newest checkpoints to keep; 0: all
     keep_every: int = 0  # checkpoints at multiples of so many steps stay for good; 0: none

@@ -1,44 +1,36 @@
-"""What a run says of itself: metrics.jsonl, W&B, run.json and one progress line. Rank 0 alone writes and prints."""
+"""What is measured of a run: the names of metrics.jsonl and how its numbers are made. docs/metrics.md defines each."""
 
-import json
-import math
-import netrc
-import os
-import platform
 import re
 import resource
-import secrets
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from importlib.metadata import distributions
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-
-from ringspan.train.files import Lines, keep_until, replace, why, write_json
-from ringspan.train.measured import Measured
-from ringspan.train.progress import Progress, in_words
 
 GIB = 2**30
 METRICS = (
     "step",
-    "tokens",  # positions seen since the start of the run, over all ranks
-    "train/loss",  # nats a label token, over all ranks
-    "train/grad_norm",  # before clipping
+    "tokens",
+    "train/loss",
+    "train/grad_norm",
     "train/lr",
-    "train/skipped",  # steps since the start of the run whose gradient was not finite
+    "train/skipped",
     "perf/tokens_per_second_per_gpu",
-    "perf/mfu",  # of the chip's dense bf16 peak; null where that is not known
+    "perf/mfu",
     "perf/step_seconds",
-    "perf/data_seconds",  # of a step, spent waiting for its batch
-    "perf/save_seconds",  # a step, spent between steps on taking a checkpoint
-    "perf/ring_imbalance",  # sum over the ring's steps of the slowest rank's tiles, over the mean rank's, minus 1
-    "memory/peak_allocated_gib",  # on a CPU both are the process's peak resident memory
+    "perf/data_seconds",
+    "perf/save_seconds",
+    "perf/exposed_comm_seconds",
+    "perf/ring_imbalance",
+    "memory/weights_gib",
+    "memory/optimizer_gib",
+    "memory/activations_gib",
+    "memory/gradients_gib",
+    "memory/transport_gib",
+    "memory/peak_allocated_gib",
     "memory/peak_reserved_gib",
 )
 Record = dict[str, float | None]
@@ -76,11 +68,17 @@ class WandbMode(str, Enum):
     disabled = "disabled"
 
 
+class Ranks(str, Enum):
+    first = "first"  # rank 0
+    all = "all"  # each with its rank before every line; then nobody rewrites a line
+
+
 @dataclass(kw_only=True)
 class LoggerConfig:
-    wandb: WandbMode = WandbMode.auto
-    project: str = "ringspan"
+    wandb: WandbMode = WandbMode.auto  # where the run is recorded besides its own folder
+    project: str = "ringspan"  # of W&B
     group: str | None = None  # of runs to be compared; a sweep's folder, unless given
+    ranks: Ranks = Ranks.first  # who prints, beside warnings and errors
 
 
 def flops_per_step(
@@ -125,12 +123,15 @@ def record(
     step_seconds: float,
     data_seconds: float,
     save_seconds: float,
+    exposed_comm_seconds: float,
     ring_imbalance: float,
     skipped: int,
+    memory: Mapping[str, float | None],
     world: int,
     device: torch.device,
 ) -> Record:
-    """One object of metrics.jsonl. ``step_tokens`` and ``step_flops`` are of one step over all ``world`` ranks."""
+    """One object of metrics.jsonl. ``step_tokens`` and ``step_flops`` are of one step over all ``world`` ranks,
+    ``memory`` is GiB by part."""
     peak = peak_flops(device)
     allocated, reserved = peak_memory_gib(device)
     return {
@@ -145,145 +146,12 @@ def record(
         "perf/step_seconds": step_seconds,
         "perf/data_seconds": data_seconds,
         "perf/save_seconds": save_seconds,
+        "perf/exposed_comm_seconds": exposed_comm_seconds,
         "perf/ring_imbalance": ring_imbalance,
+        **{f"memory/{part}_gib": size for part, size in memory.items()},
         "memory/peak_allocated_gib": allocated,
         "memory/peak_reserved_gib": reserved,
     }
-
-
-def versions() -> dict[str, str]:
-    told = ("ringspan", "torch", "triton", "deepspeed", "numpy", "datasets")  # those of them that are installed
-    packages = {package.name: package.version for package in distributions() if package.name in told}
-    return {"python": platform.python_version(), **packages}
-
-
-class RunLog:
-    """The log of one run in ``run_dir``. A no-op on every rank but 0.
-
-    A disk that is full when the run starts is a ValueError. Later it ends no run: it is told once, lines wait in memory
-    until there is room, and W&B, which drops what it cannot write, is told to be without them.
-
-    Args:
-        config: the TrainConfig, as it was checked.
-        first_step: steps already done. 0 starts a fresh log and a new W&B run; else lines of later steps, which the
-            run is about to repeat, are dropped, and W&B goes on in the run that the folder remembers.
-    """
-
-    def __init__(
-        self, run_dir: str, config: Any, *, rank: int = 0, first_step: int = 0, stream: TextIO | None = None
-    ) -> None:
-        self.active = rank == 0
-        if not self.active:
-            return
-        self.folder, self.steps, self.config = Path(run_dir), config.steps, plain(asdict(config))
-        self.progress = Progress(config.steps, stream or sys.stdout)
-        self.problem: str | None = None  # that the user has been told of
-        with needing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
-                keep_until(self.folder / name, first_step)
-            self.lines = Lines(self.folder / "metrics.jsonl")
-            self.evaluations = Lines(self.folder / "evaluations.jsonl")
-            self.wandb = start_wandb(self.folder, self.config, config.logger, fresh=first_step == 0)
-
-    def banner(self, facts: Mapping[str, Any]) -> None:
-        """Print ``facts`` (what was picked, the mesh, sizes) once, and keep them with the configuration and versions.
-
-        run.json has the keys config, versions, started, command and those of ``facts``.
-        """
-        if not self.active:
-            return
-        said = plain(dict(facts))
-        started = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv}
-        with needing(self.folder):
-            write_json(self.folder / "run.json", {"config": self.config, "versions": versions(), **started, **said})
-        self.wandb.config.update({"run": said}, allow_val_change=True)
-        for name, value in {**said, "wandb": self._wandb_place(), "folder": str(self.folder)}.items():
-            self.progress.say(f"{name:>12}  {in_words(value)}")
-
-    def _wandb_place(self) -> str:
-        if self.wandb.disabled:
-            return "disabled"
-        return f"offline; upload: wandb sync {self.wandb.settings.sync_dir}" if self.wandb.offline else self.wandb.url
-
-    def step(self, record: Record) -> None:
-        """A logged step: ``record`` has exactly the names in METRICS."""
-        if not self.active:
-            return
-        assert tuple(record) == METRICS, set(record) ^ set(METRICS)
-        finite = {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
-        self._tell(self.lines.add(json.dumps(finite)))  # NaN and infinity, which JSON has not, are null
-        self._to_wandb(lambda run: run.log({name: value for name, value in record.items() if value is not None}))
-        self.progress.step(record)
-
-    def evaluation(self, step: int, tokens: int, measured: Measured) -> None:
-        if not self.active:
-            return
-        problem = self.evaluations.add(json.dumps({"step": step, "tokens": tokens, **measured.record()}))
-        self._tell(problem or self._draw(measured.drawings()))
-        self._to_wandb(lambda run: run.log({"tokens": tokens, **measured.numbers(), **measured.plots()}))
-        self.progress.say(f"step {step}: {measured.in_words()}")
-
-    def _draw(self, pictures: dict[str, str]) -> str | None:
-        for name, picture in pictures.items():
-            path = self.folder / name
-            try:
-                replace(path, picture)
-            except OSError as error:
-                return why(error, path)
-        return None
-
-    def _tell(self, problem: str | None) -> None:
-        """Of a problem with the disk, when it comes and when it has gone."""
-        if problem and not self.problem:
-            wandb = "; W&B may miss them" if self.wandb and not self.wandb.disabled else ""
-            self.progress.say(f"log: {problem}; training goes on, and lines wait in memory until there is room{wandb}")
-        if self.problem and not problem:
-            self.progress.say("log: there is room again, and every line is written")
-        self.problem = problem
-
-    def _to_wandb(self, act: Callable[[Any], object]) -> None:
-        if self.wandb is None:
-            return
-        try:
-            act(self.wandb)
-        except OSError as error:  # its own process has gone
-            self.wandb = None
-            self.progress.say(f"W&B has stopped ({error}); training goes on, and metrics.jsonl has every step")
-
-    def verdict(self, loss: float, unigram_entropy: float) -> None:
-        """The last loss against what a model would reach that knows token frequencies and no context."""
-        if not self.active:
-            return
-        sign, meaning = ("<", "context helps") if loss < unigram_entropy else (">=", "no use of context yet")
-        self._to_wandb(lambda run: run.summary.update({"unigram_entropy": unigram_entropy}))
-        self.progress.say(f"loss {loss:.3f} {sign} unigram entropy {unigram_entropy:.3f} nats a token: {meaning}")
-
-    def say(self, line: str) -> None:
-        """One line for the user, from rank 0, below the progress line."""
-        if self.active:
-            self.progress.say(line)
-
-    def close(self) -> None:
-        if not self.active:
-            return
-        problems = {lines: lines.flush() for lines in (self.lines, self.evaluations)}
-        for lines, problem in problems.items():
-            if problem:
-                self.progress.say(f"log: {problem}; its last {len(lines.waiting.splitlines())} lines are lost")
-        if not any(problems.values()):
-            self._tell(None)
-        self.progress.end()
-        self._to_wandb(lambda run: run.finish())
-
-
-@contextmanager
-def needing(folder: Path) -> Iterator[None]:
-    """ValueError, instead of an OSError: the log of a run cannot be begun."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"run_dir={folder}: {why(error, folder)}; make room, or give another") from error
 
 
 def plain(value: Any) -> Any:
@@ -295,44 +163,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def start_wandb(folder: Path, config: dict[str, Any], logger: LoggerConfig, *, fresh: bool) -> Any:
-    """The W&B run of this folder: a new one, or the one that wandb_id remembers. Its files stay inside the folder."""
-    import wandb  # noqa: PLC0415 - it takes a second, on every rank, and one of them needs it
-
-    id_file = folder / "wandb_id"
-    if fresh or not id_file.exists():
-        replace(id_file, secrets.token_hex(4) + "\n")
-    run = wandb.init(
-        project=logger.project,
-        name=config["name"],
-        group=logger.group,
-        id=id_file.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        mode=wandb_mode(logger.wandb),
-        dir=str(folder),
-        config=config,
-        settings=wandb.Settings(console="off", silent=True),  # RunLog prints, and says where to look
-    )
-    run.define_metric("tokens")
-    run.define_metric("*", step_metric="tokens")  # and never log(step=): W&B drops a step it has seen before a resume
-    return run
-
-
-def wandb_mode(asked: WandbMode) -> Any:
-    """One of online, offline and disabled. An online run without a key would stop and ask for one."""
-    if asked is not WandbMode.auto:
-        return asked.value
-    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-
-
-def has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    host = re.sub(r"^https?://|/.*$", "", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):  # no such file, or one for other programs to understand
-        return False

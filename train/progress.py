@@ -1,31 +1,36 @@
 """What a run prints: facts once, and one line a logged step."""
 
 import math
-import shutil
+import os
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from ringspan.train.live_line import LiveLine
 
 
 class Progress:
-    """One line a logged step: rewritten in place on a terminal, one after the other elsewhere."""
+    """One line a logged step: rewritten in place on a terminal, one after the other elsewhere.
 
-    def __init__(self, steps: int, stream: TextIO) -> None:
-        self.steps, self.stream = steps, stream
-        self.live = stream.isatty()
-        self.open_line = False
+    Args:
+        stream: None says nothing.
+        prefix: of every line.
+        rewrites: whether a line may be: not where several processes write to one terminal.
+    """
+
+    def __init__(self, steps: int, stream: TextIO | None, *, prefix: str = "", rewrites: bool = True) -> None:
+        self.steps, self.stream, self.prefix = steps, stream, prefix
+        self.live = live_line(stream) if stream is not None and rewrites and is_terminal(stream) else None
         self.seconds: float | None = None  # a step, smoothed; the first one, with its compilations, is left out
         self.logged = 0
 
     def step(self, record: Mapping[str, float | None]) -> None:
         self._learn(record)
-        line = progress_line(record, self.steps, self._time_left(record))
-        if not self.live:
-            self.say(line)
-            return
-        width = shutil.get_terminal_size().columns - 1
-        self._write(f"\r\x1b[2K{line[:width]}")  # back to the start, and clear what stood there
-        self.open_line = True
+        if self.live:
+            self.live.show(parts(record, self.steps, self._time_left(record)), (record["step"] or 0) / self.steps)
+        else:
+            self.say(progress_line(record, self.steps, self._time_left(record)))
 
     def _learn(self, record: Mapping[str, float | None]) -> None:
         seconds = record["perf/step_seconds"] or 0.0
@@ -38,30 +43,66 @@ class Progress:
         return (self.steps - (record["step"] or 0)) * (self.seconds or 0.0)
 
     def say(self, line: str) -> None:
-        self.end()
-        self._write(line + "\n")
+        if self.live:
+            self.live.say(line)
+        elif self.stream is not None:
+            with suppress(OSError):  # a terminal that has gone, or a full disk, is no reason to end a run
+                self.stream.write(f"{self.prefix}{line}\n")
+                self.stream.flush()
 
     def end(self) -> None:
-        if self.open_line:
-            self._write("\n")
-        self.open_line = False
+        """The line stays as it is; what follows comes below."""
+        if self.live:
+            self.live.end()
 
-    def _write(self, text: str) -> None:
-        with suppress(OSError):  # a terminal that has gone, or a full disk, is no reason to end a run
-            self.stream.write(text)
-            self.stream.flush()
+
+def live_line(stream: TextIO) -> "LiveLine":
+    from ringspan.train.live_line import LiveLine  # noqa: PLC0415 - rich, for one rank and for terminals alone
+
+    return LiveLine(stream)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """One whose lines can be rewritten."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in {"", "dumb", "unknown"}
+
+
+def words(record: Mapping[str, float | None], steps: int, seconds_left: float) -> dict[str, str]:
+    r = {name: math.nan if value is None else value for name, value in record.items()}
+    step_seconds = max(r["perf/step_seconds"], 1e-9)
+    return {
+        "step": f"{int(r['step'])}/{steps}",
+        "loss": f"{r['train/loss']:.4f}",
+        "lr": f"{r['train/lr']:.2e}",
+        "norm": f"{r['train/grad_norm']:.2f}",
+        "rate": f"{r['perf/tokens_per_second_per_gpu']:,.0f} tok/s/gpu",
+        "mfu": "" if record["perf/mfu"] is None else f"{r['perf/mfu']:.1%}",
+        "mem": f"{r['memory/peak_reserved_gib']:.1f} GiB",
+        "data": f"{r['perf/data_seconds'] / step_seconds:.1%}",
+        "comm": f"{r['perf/exposed_comm_seconds'] / step_seconds:.1%}",
+        "seconds": f"{r['perf/step_seconds']:.2f} s",
+        "tokens": f"{short_count(r['tokens'])} tok",
+        "left": short_time(seconds_left),
+    }
 
 
 def progress_line(record: Mapping[str, float | None], steps: int, seconds_left: float) -> str:
-    r = {name: math.nan if value is None else value for name, value in record.items()}
-    mfu = f" | mfu {r['perf/mfu']:5.1%}" if record["perf/mfu"] is not None else ""
-    waiting = r["perf/data_seconds"] / max(r["perf/step_seconds"], 1e-9)
+    """All of it, one beside the other."""
+    w = words(record, steps, seconds_left)
+    mfu = f" | mfu {w['mfu']:>5}" if w["mfu"] else ""
     return (
-        f"step {int(r['step']):>{len(str(steps))}}/{steps} | loss {r['train/loss']:.4f} | lr {r['train/lr']:.2e}"
-        f" | norm {r['train/grad_norm']:.2f} | {r['perf/tokens_per_second_per_gpu']:,.0f} tok/s/gpu{mfu}"
-        f" | mem {r['memory/peak_reserved_gib']:.1f} GiB | data {waiting:.1%} | {r['perf/step_seconds']:.2f} s"
-        f" | {short_count(r['tokens'])} tok | eta {short_time(seconds_left)}"
+        f"step {w['step']:>{2 * len(str(steps)) + 1}} | loss {w['loss']} | lr {w['lr']} | norm {w['norm']}"
+        f" | {w['rate']}{mfu} | mem {w['mem']} | data {w['data']} | comm {w['comm']}"
+        f" | {w['seconds']} | {w['tokens']} | eta {w['left']}"
     )
+
+
+def parts(record: Mapping[str, float | None], steps: int, seconds_left: float) -> list[str]:
+    """The same for a line that has to be short, the most important first."""
+    w = words(record, steps, seconds_left)
+    mfu = [f"{w['mfu']} mfu"] if w["mfu"] else []
+    first = [w["step"], f"loss {w['loss']}", w["rate"], *mfu, w["mem"], f"data {w['data']}", f"{w['left']} left"]
+    return [*first, f"comm {w['comm']}", f"norm {w['norm']}", w["seconds"], w["tokens"]]
 
 
 def short_count(n: float) -> str:
