@@ -4,7 +4,8 @@ torchrun --nproc_per_node=4 launch/train.py seq_len=65536    torchrun starts the
                                                              goes on from its newest checkpoint when a rank has died
 python launch/train.py seq_len=65536                         one process
 python launch/train.py nproc=4 seq_len=65536                 starts 4 workers itself
-python launch/train.py -m nproc=4 seq_len=16384,32768        a sweep: 4 fresh workers per job
+python launch/train.py -m nproc=4 seq_len=16384,32768        a sweep: fresh workers for each job, 2 at once on 8 GPUs
+python launch/train.py nproc=4 seq_len=65536 check=true      looks at configuration, data, memory and communication
 """
 
 import os
@@ -18,7 +19,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ringspan.parallel.mesh import across_hosts
 from ringspan.parallel.workers import (
+    Job,
     Place,
     check_devices,
     count_workers,
@@ -32,9 +35,11 @@ from ringspan.parallel.workers import (
     torchrun_place,
     under_torchrun,
 )
-from ringspan.train import restart
-from ringspan.train.command import run_hydra
+from ringspan.train import restart, sweep
+from ringspan.train.checkup import checkup
+from ringspan.train.command import CONF, run_hydra
 from ringspan.train.config import TrainConfig, check, typed
+from ringspan.train.launcher import side_by_side, sweeps
 from ringspan.train.loop import train
 
 Task = Callable[[TrainConfig, str], object]
@@ -50,16 +55,23 @@ def main() -> int:
     return work(place, *job) if job else 0
 
 
-def run(config: TrainConfig, run_dir: str) -> float:
+def run(config: TrainConfig, run_dir: str) -> object:
     """Here, if one process will do; else on fresh workers, so that nothing leaks from job to job."""
     nproc = count_workers(config.nproc)
     check_machine(config, nproc, nproc)
+    job = Job(*work_of(config, run_dir), nproc)
+    if is_sweep() and side_by_side():
+        return job
     if nproc < gpus():
-        print(f"nproc={nproc} leaves {gpus() - nproc} of {gpus()} GPUs idle; nproc=0 takes all", file=sys.stderr)
+        say(f"nproc={nproc} leaves {gpus() - nproc} of {gpus()} GPUs idle; nproc=0 takes all")
     if nproc > 1 or is_sweep():
-        return launch(train, config, run_dir, nproc=nproc)
+        return launch(job.task, *job.args, nproc=nproc)
     with process_group():
-        return train(config, run_dir)
+        return job.task(*job.args)
+
+
+def work_of(config: TrainConfig, run_dir: str) -> tuple[Callable[..., object], tuple[object, ...]]:
+    return (checkup, (config,)) if config.check else (train, (config, run_dir))
 
 
 def lead(place: Place) -> int:
@@ -100,8 +112,9 @@ def lead(place: Place) -> int:
 def work(place: Place, config: TrainConfig, run_dir: str) -> int:
     """A worker under torchrun. Of all that fail, the first alone says why."""
     try:
+        task, args = work_of(config, run_dir)
         with process_group(place):
-            train(config, run_dir)
+            task(*args)
         return 0
     except Exception as error:
         if first_to_tell(place.store):
@@ -112,6 +125,9 @@ def work(place: Place, config: TrainConfig, run_dir: str) -> int:
 def check_machine(config: TrainConfig, world: int, local_world: int) -> None:
     check_devices(local_world)
     check(config, world, "cuda" if gpus() else "cpu")
+    hosts = [f"host {rank // local_world}" for rank in range(world)]
+    if warning := across_hosts(config.parallel.ulysses, hosts):
+        say(f"WARNING: {warning}")
 
 
 def is_sweep() -> bool:
@@ -120,31 +136,43 @@ def is_sweep() -> bool:
 
 def with_hydra(task: Task) -> int:
     """Call ``task(config, run_dir)`` for the command line: once, or for each job of a sweep. Returns the exit code."""
-    failed: list[str] = []
 
-    @hydra.main(version_base="1.3", config_path="../conf", config_name="train" if gpus() else "train_cpu")
+    @hydra.main(version_base="1.3", config_path=CONF, config_name="train" if gpus() else "train_cpu")
     def on_job(cfg: DictConfig) -> object:
+        if is_sweep():
+            return in_sweep(task, cfg)
         try:
             return task(*settled(cfg))
         except Exception as error:
-            if is_sweep():
-                failed.append(job_name())
-                say(f"job {job_name()} failed: {tell(error)}")
-                raise  # for Hydra, which goes on with the next job, and for sweepers that learn from results
             say(tell(error))
-        forget_if_empty(Path(HydraConfig.get().runtime.output_dir))
-        sys.exit(1)
+            sys.exit(1)
+        finally:
+            forget_if_empty(Path(HydraConfig.get().runtime.output_dir))
 
+    with sweeps(say) as folders:
+        try:
+            return run_hydra(on_job, "train.py", TrainConfig)
+        except Exception as error:
+            if isinstance(error, OSError):  # Hydra keeps a copy of the command in the run's folder
+                say(f"run_dir: {error.strerror} ({error.filename}); give a folder that can be written")
+            elif not folders:
+                raise
+            elif not any(row["status"] == "failed" for folder in folders for row in sweep.results(folder)):
+                say(tell(error))  # else it is a job's, which has been told
+            return 1
+        finally:
+            for table in filter(None, map(sweep.finish, folders)):
+                print(table, flush=True)
+
+
+def in_sweep(task: Task, cfg: DictConfig) -> object:
+    """What Hydra goes on from, and sweepers learn from: the result, an exception, or a Job for later."""
+    h = HydraConfig.get()
     try:
-        return run_hydra(on_job, "train.py", TrainConfig)
+        return sweep.noted(h.runtime.output_dir, h.job.num, h.overrides.task, lambda: task(*settled(cfg)))
     except Exception as error:
-        if failed:
-            say(f"failed, {len(failed)} of the sweep: {', '.join(failed)}")
-        elif isinstance(error, OSError):  # Hydra keeps a copy of the command in the run's folder
-            say(f"run_dir: {error.strerror} ({error.filename}); give a folder that can be written")
-        else:
-            raise
-        return 1
+        say(f"job {job_name()} failed: {tell(error)}")
+        raise
 
 
 def settled(cfg: DictConfig) -> tuple[TrainConfig, str]:
@@ -152,6 +180,8 @@ def settled(cfg: DictConfig) -> tuple[TrainConfig, str]:
     config, run_dir = typed(cfg), HydraConfig.get().runtime.output_dir
     config.run_dir = run_dir
     if is_sweep():
+        if config.check:
+            raise ValueError("check=true: looks at one run; all of a sweep are checked before its first starts")
         config.logger.group = config.logger.group or Path(HydraConfig.get().sweep.dir).name
         config.name = f"{config.name}-{HydraConfig.get().job.num}"
     return config, run_dir
@@ -163,7 +193,7 @@ def job_name() -> str:
 
 
 def forget_if_empty(run_dir: Path) -> None:
-    """A run that never started leaves no folder: there is only Hydra's copy of the command in it."""
+    """A run that never started, or was looked at, leaves no folder: there is only Hydra's copy of the command in it."""
     if [path.name for path in run_dir.iterdir()] == [".hydra"]:
         shutil.rmtree(run_dir)
 

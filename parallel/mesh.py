@@ -1,7 +1,13 @@
-"""The grid of ranks: data x ring x ulysses, ulysses fastest, so that its ranks are neighbours on the fast wire."""
+"""The grid of ranks: data x ring x ulysses, ulysses fastest, so that its ranks are neighbours on the fast wire.
+
+The ranks of a host are consecutive, as torchrun numbers them. So where ulysses divides a host's, it stays inside of
+hosts and the ring goes across, which hides its exchanges under computation.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -58,6 +64,20 @@ class ParallelConfig:
         assert data is not None
         assert ring is not None
         return data, ring, self.ulysses
+
+
+def across_hosts(ulysses: int, hosts: Sequence[str]) -> str | None:
+    """What to warn of if ranks that trade heads lie on several hosts; ``hosts`` has each rank's. No error: some hosts
+    share a fast wire."""
+    for first in range(0, len(hosts), ulysses):
+        there = list(dict.fromkeys(hosts[first : first + ulysses]))
+        if len(there) > 1:
+            inside = math.gcd(ulysses, *(hosts.count(host) for host in set(hosts)))
+            return (
+                f"parallel.ulysses={ulysses}: ranks {first} to {first + ulysses - 1} trade heads in every layer, and "
+                f"lie on {' and '.join(there)}; parallel.ulysses={inside} stays inside of hosts, the ring goes across"
+            )
+    return None
 
 
 @dataclass(frozen=True)

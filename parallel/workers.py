@@ -2,7 +2,8 @@
 
 Workers are started by torchrun, or by `launch` on this node, or the calling process is the only one. A job travels
 through the store that workers meet at, before there is a process group: so nobody has touched a GPU when rank 0
-finds a mistake in the configuration, and a sweep under torchrun can send the other ranks home.
+finds a mistake in the configuration, and a sweep under torchrun can send the other ranks home. `launch_all` runs the
+jobs of a sweep side by side, each on workers and GPUs of its own.
 """
 
 import os
@@ -12,24 +13,26 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ringspan.parallel.signals import Signals, deaf, heard
+
 Result = TypeVar("Result")
 
-SAVE_SECONDS = 300  # from the first SIGTERM or SIGINT to the end; a step over 1M tokens and its checkpoint fit
 COLLECTIVE_SECONDS = 7200  # long: ranks compile at their own speed; who hangs later is found by the run's watchdog
 COMPOSE_SECONDS = 600  # rank 0 reads the configuration and looks at the data within this
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 OURS = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
@@ -40,6 +43,15 @@ class Place(NamedTuple):
     rank: int
     world: int
     local_rank: int
+
+
+class Job(NamedTuple):
+    """``task(*args)``, on ``nproc`` fresh workers of this node."""
+
+    task: Callable[..., Any]
+    args: tuple[Any, ...]
+    nproc: int
+    output: str | None = None  # a file that takes what they print; None: where this process prints
 
 
 class WorkerError(Exception):
@@ -59,6 +71,12 @@ def torchrun_place() -> Place:
 
 def gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get(VISIBLE)
+    return named.split(",")[: gpus()] if named else [str(number) for number in range(gpus())]
 
 
 def count_workers(nproc: int) -> int:
@@ -152,89 +170,137 @@ def tell(error: BaseException) -> str:
 def launch(task: Callable[..., Result], *args: object, nproc: int) -> Result:
     """Run ``task(*args)`` on ``nproc`` fresh workers of this node; rank 0's result.
 
-    The first SIGTERM or SIGINT is passed on, for the workers to save and leave; the second ends them at once.
-
     Raises:
         WorkerError: with what the worker that failed first had to say; the others are ended.
-        SystemExit: when workers were asked to leave: 0 if all did so by themselves, else 128 + the signal's number.
+        SystemExit: when workers were asked to leave, as `launch_all` has it, or have themselves agreed to: 0.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # 0: any free port
-    workers, reports = _start(nproc, store.port, task, args)
-    with _signals_to(workers) as signals:
+    (outcome,) = launch_all([Job(task, args, nproc)])
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+def launch_all(
+    jobs: Sequence[Job],
+    at_once: int = 1,
+    devices: Sequence[str] = (),
+    told: Callable[..., None] = lambda number, *outcome: None,
+) -> list[Any]:
+    """Each job on fresh workers, in order, at most ``at_once`` side by side; what became of each.
+
+    That is rank 0's result, a WorkerError as of `launch`, or SystemExit(0) where workers have left by themselves.
+    ``devices`` are shared out: each worker has one to itself; none: all workers see what this process sees. No job may
+    need more than there are. ``told(number)`` is called when a job starts and ``told(number, outcome)`` at its end.
+
+    The first signal is passed on (`heard` says which), for workers to save and leave, and no job is started any more;
+    the second ends them at once. Raises SystemExit then: 0 if all left by themselves, else 128 + the signal's number.
+    """
+    outcomes: list[Any] = [None] * len(jobs)
+    waiting, free = deque(enumerate(jobs)), list(devices)
+    crews: dict[int, Crew] = {}
+    all_saved = True  # who has left after a signal
+
+    def next_fits() -> bool:
+        return bool(waiting) and len(crews) < at_once and (not devices or waiting[0][1].nproc <= len(free))
+
+    with heard() as signals:
         try:
-            _wait_for(workers, signals)
-            codes = [worker.exitcode for worker in workers]
+            while crews or (waiting and not signals.received):
+                while next_fits() and not signals.received:
+                    number, job = waiting.popleft()
+                    needed = job.nproc if devices else 0
+                    mine, free = free[:needed], free[needed:]
+                    told(number)
+                    crews[number] = Crew(job, mine, at_once)
+                _wait_for(crews, signals)
+                for number in [number for number, crew in crews.items() if crew.over or signals.too_late]:
+                    crew = crews.pop(number)
+                    outcomes[number] = crew.end()
+                    free += crew.devices
+                    all_saved &= not (signals.received and isinstance(outcomes[number], WorkerError))
+                    told(number, outcomes[number])
         finally:
-            _end(workers)
-    told = [_read(report) for report in reports]
-    clean = all(code == 0 for code in codes)
+            for crew in crews.values():
+                crew.end()
     if signals.received:
-        raise SystemExit(0 if clean else 128 + signals.received)
-    if not clean:
-        raise WorkerError(_first_failure(codes, told))
-    if told[0] is None:  # somebody has asked the workers themselves to leave
-        raise SystemExit(0)
-    return told[0].result
+        raise SystemExit(0 if all_saved else 128 + signals.received)
+    return outcomes
 
 
-def _start(
-    nproc: int, port: int, task: Callable[..., object], args: tuple[object, ...]
-) -> tuple[list[SpawnProcess], list[Connection]]:
-    context = mp.get_context("spawn")  # not fork: CUDA and torch's threads do not survive one
-    workers, reports = [], []
-    # Born deaf to Ctrl-C, which the terminal sends to all: until _work leaves its process group they could hear it
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for rank in range(nproc):
+class Crew:
+    """The fresh workers of one job."""
+
+    def __init__(self, job: Job, devices: list[str], crews: int) -> None:
+        """``devices``: the GPUs they see, one each; none: those of this process. ``crews`` share the CPU's cores."""
+        self.devices, self.asked = devices, False
+        # 0: any free port
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.workers: list[SpawnProcess] = []
+        self.reports: list[Connection] = []
+        cores = max(1, (os.cpu_count() or 1) // (job.nproc * crews))
+        with deaf(), _seeing(devices):
+            for rank in range(job.nproc):
+                self._start(rank, job, cores)
+
+    def _start(self, rank: int, job: Job, cores: int) -> None:
+        context = mp.get_context("spawn")  # not fork: CUDA and torch's threads do not survive one
         report, reporter = context.Pipe(duplex=False)
-        worker = context.Process(target=_work, args=(rank, nproc, port, reporter, task, args))
+        worker = context.Process(target=_work, args=(rank, job, self.store.port, reporter, cores))
         worker.start()
         reporter.close()  # the worker has it now
-        workers.append(worker)
-        reports.append(report)
-    signal.signal(signal.SIGINT, interrupt)
-    return workers, reports
+        self.workers.append(worker)
+        self.reports.append(report)
 
+    @property
+    def running(self) -> list[SpawnProcess]:
+        return [worker for worker in self.workers if worker.exitcode is None]
 
-class _Signals:
-    """The first signal asks the workers to leave, the second does not ask."""
+    @property
+    def over(self) -> bool:
+        """All have left, or one has failed."""
+        return not self.running or any(worker.exitcode for worker in self.workers)
 
-    def __init__(self, workers: list[SpawnProcess]) -> None:
-        self.workers = workers
-        self.received = 0
-        self.deadline = float("inf")
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            self.deadline = 0
-            return
-        self.received, self.deadline = number, time.monotonic() + SAVE_SECONDS
-        for worker in self.workers:
+    def ask_to_leave(self) -> None:
+        """Once: the second time they would not save."""
+        for worker in [] if self.asked else self.running:
             worker.terminate()
+        self.asked = True
+
+    def end(self) -> Any:
+        """End who still runs. What became of the job: rank 0's result, a WorkerError or SystemExit(0)."""
+        codes = [worker.exitcode for worker in self.workers]
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+        told = [_read(report) for report in self.reports]
+        if any(codes):
+            return WorkerError(_first_failure(codes, told))
+        if None in codes:
+            return WorkerError("it did not leave when it was asked to, and was ended")
+        return SystemExit(0) if told[0] is None else told[0].result  # None: they were asked to leave
 
 
 @contextmanager
-def _signals_to(workers: list[SpawnProcess]) -> Iterator[_Signals]:
-    signals = _Signals(workers)
-    before = {number: signal.signal(number, signals) for number in (signal.SIGTERM, signal.SIGINT)}
+def _seeing(devices: Sequence[str]) -> Iterator[None]:
+    """Processes that are started inside see these GPUs alone: whatever they import, they are born with it."""
+    before = os.environ.get(VISIBLE)
+    if devices:
+        os.environ[VISIBLE] = ",".join(devices)
     try:
-        yield signals
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if devices:
+            os.environ.pop(VISIBLE)
+        if before is not None:
+            os.environ[VISIBLE] = before
 
 
-def _wait_for(workers: list[SpawnProcess], signals: _Signals) -> None:
-    """Until all have left, or one has failed, or after a signal the time to save is over."""
-    running = list(workers)
-    while running and time.monotonic() < signals.deadline and not any(worker.exitcode for worker in workers):
-        wait([worker.sentinel for worker in running], timeout=0.2)
-        running = [worker for worker in running if worker.exitcode is None]
-
-
-def _end(workers: list[SpawnProcess]) -> None:
-    for worker in workers:
-        worker.kill()
-        worker.join()
+def _wait_for(crews: dict[int, Crew], signals: Signals) -> None:
+    """Until a worker has left, or for a moment."""
+    if signals.received:
+        for crew in crews.values():
+            crew.ask_to_leave()
+    wait([worker.sentinel for crew in crews.values() for worker in crew.running], timeout=0.2)
 
 
 class _Report(NamedTuple):
@@ -262,25 +328,33 @@ def _first_failure(codes: list[int | None], told: list[_Report | None]) -> str:
     return f"worker {rank} {how}" + (": the machine may have run out of memory" if code == -signal.SIGKILL else "")
 
 
-def _work(
-    rank: int, world: int, port: int, reporter: Connection, task: Callable[..., object], args: tuple[object, ...]
-) -> None:
+def _work(rank: int, job: Job, port: int, reporter: Connection, cores: int) -> None:
     """A worker's life: join the group, run the task, and report."""
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: once
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    if job.output is not None:
+        _print_to(job.output)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    place = Place(dist.TCPStore("127.0.0.1", port, is_master=False), rank, world, local_rank=rank)
+        torch.set_num_threads(cores)
+    place = Place(dist.TCPStore("127.0.0.1", port, is_master=False), rank, job.nproc, local_rank=rank)
     _describe(place, port)
     try:
         with process_group(place):
-            result = task(*args)
+            result = job.task(*job.args)
         reporter.send(_Report(time.monotonic(), None, result))
     except Exception as error:  # whatever it is, the parent tells the user
         reporter.send(_Report(time.monotonic(), tell(error)[-32_000:]))  # a pipe holds 64 KiB unread
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: the teardown of a group whose peers wait for us can hang
+
+
+def _print_to(file: str) -> None:
+    """All that this process prints, its libraries in C with it."""
+    opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(opened, stream)
+    os.close(opened)
 
 
 def _leave_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ringspan.parallel.workers import WorkerError, launch
+from ringspan.parallel.workers import WorkerError, launch, receive
 from ringspan.train.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -111,42 +112,60 @@ def test_sigterm_saves_and_ends_a_sweep_that_goes_on_after_a_failed_job(here, sm
     assert job.end() == 0, job.said
     assert job.said.count("job 0") == 1
     assert "seq_len=0: must be 1 or more" in job.said
-    assert {path.name for path in (here / "sweeps" / "s").iterdir()} == {"0", "1", "multirun.yaml"}
+    statuses = [line.split(",")[5] for line in (here / "sweeps" / "s" / "results.csv").read_text().splitlines()]
+    assert statuses == ["status", "failed", "stopped", "waiting"]
+    assert job.said.splitlines()[-1].startswith("3 jobs: 1 failed, 1 stopped, 1 waiting; ")
     assert list((here / "sweeps" / "s" / "1" / "checkpoints").glob("step-*"))
     told = json.loads((here / "sweeps" / "s" / "1" / "run.json").read_text())["config"]
     assert (told["name"], told["logger"]["group"]) == ("s-1", "s")
     assert told["run_dir"] == str(here / "sweeps" / "s" / "1")
 
 
-def test_a_sweep_under_torchrun(here, small):
-    done = run(*TORCHRUN, SCRIPT, "-m", *small, NO_WANDB, "seq_len=0,33", "steps=2", "name=s", cwd=here)
-    assert done.returncode == 1
-    assert "job 0 (" in done.stderr
-    assert "seq_len=0: must be 1 or more" in done.stderr
-    assert "failed, 1 of the sweep: 0 (" in done.stderr
-    told = json.loads((here / "sweeps" / "s" / "1" / "run.json").read_text())
-    assert (told["config"]["seq_len"], told["mesh"]["ring"]) == (33, 2)
-    assert len(metrics(here / "sweeps" / "s" / "1")) == 2
-    assert {path.name for path in here.iterdir()} == {"sweeps"}
-
-
-def test_a_sweep_under_torchrun_on_several_nodes_is_refused(here, small):
-    """As torchrun starts rank 0 of 2 nodes, with its store."""
+def under_torchrun(monkeypatch, here: Path, nodes: int, *arguments: str) -> tuple[int | str | None, dist.TCPStore]:
+    """As torchrun starts rank 0, of 2 ranks a node: in this process, with its store. The exit code."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
-    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": store.port}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "-m", *small, "seq_len=65,33", "name=s"],
-        cwd=here,
-        env={**ENV, **torchrun, **{name: str(value) for name, value in numbers.items()}},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "sweep under torchrun runs on one node" in line
+    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2 * nodes, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": store.port}
+    for name, value in {**torchrun, **numbers, "HYDRA_FULL_ERROR": ""}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    return leaving.value.code, dist.PrefixStore("attempt-0", store)
+
+
+def test_a_sweep_under_torchrun_takes_its_number_of_processes_and_sends_the_other_ranks_home(
+    here, small, monkeypatch, capfd
+):
+    started = []
+    monkeypatch.setattr("ringspan.train.launcher.launch_all", lambda jobs, *_: started.extend(jobs))
+    code, store = under_torchrun(monkeypatch, here, 1, "-m", *small, "seq_len=0,33", "name=s")
+    assert code == 1
+    assert receive(store) is None
+    ((task, (config, folder), nproc, _),) = started
+    assert (task.__name__, config.seq_len, folder, nproc) == ("train", 33, str(here / "sweeps" / "s" / "1"), 2)
+    assert "seq_len=0: must be 1 or more" in capfd.readouterr().err
+
+
+def test_a_sweep_under_torchrun_on_several_nodes_is_refused(here, small, monkeypatch):
+    code, store = under_torchrun(monkeypatch, here, 2, "-m", *small, "seq_len=65,33", "name=s")
+    assert "sweep under torchrun runs on one node" in str(code)
+    assert receive(store) is None
+
+
+@pytest.mark.parametrize(("ulysses", "warned"), [(2, False), (4, True)])
+def test_a_mesh_that_trades_heads_across_hosts_is_warned_of(ulysses, warned, here, small, monkeypatch, capfd):
+    mesh = [f"parallel.ulysses={ulysses}", "model.n_heads=4"]
+    monkeypatch.setattr("ringspan.parallel.workers.process_group", refuse)
+    under_torchrun(monkeypatch, here, 2, *small, *mesh, "name=x", "resume=none")
+    err = capfd.readouterr().err
+    assert ("parallel.ulysses=2 stays inside of hosts" in err) == warned
+    assert "the group was asked for" in err
+
+
+def refuse(place: object) -> None:
+    raise ValueError("the group was asked for")
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, small):

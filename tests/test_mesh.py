@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ringspan.parallel.mesh import Mesh, ParallelConfig
+from ringspan.parallel.mesh import Mesh, ParallelConfig, across_hosts
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,28 @@ def test_a_mesh_that_does_not_multiply_to_the_world_is_refused(asked, world):
 def test_a_size_below_one_is_refused():
     with pytest.raises(ValueError, match=r"parallel.ring=0"):
         ParallelConfig(ring=0)
+
+
+@pytest.mark.parametrize(
+    "ulysses, hosts, inside",
+    [
+        (1, "aabb", None),
+        (2, "aabb", None),
+        (4, "aaaabbbb", None),
+        (2, "aaaabb", None),  # hosts need not be alike
+        (4, "aabb", 2),
+        (2, "ab", 1),
+        (2, "aaabbb", 1),
+        (4, "aaaaaabbbbbb", 2),
+        (8, "aaaabbbb", 4),
+    ],
+)
+def test_ranks_that_trade_heads_stay_inside_of_hosts_or_are_warned_of(ulysses, hosts, inside):
+    said = across_hosts(ulysses, hosts)
+    assert (said is None) == (inside is None)
+    if inside is not None:
+        assert f"parallel.ulysses={inside} stays inside of hosts" in str(said)
+        assert across_hosts(inside, hosts) is None
 
 
 def members() -> tuple[tuple[int, ...], list[int], list[int]]:

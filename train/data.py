@@ -42,9 +42,9 @@ class DataConfig:
     column: str = "text"  # of rows: text, token ids or chat turns
     mask_column: str | None = None  # of rows with token ids: 0 and 1; 0 is no label
     streaming: bool = True  # of the hub; false: downloaded as a whole first
-    unreadable: Unreadable = Unreadable.skip
+    unreadable: Unreadable = Unreadable.skip  # files and rows that cannot be read
     tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json, a .tiktoken or a SentencePiece .model
-    packing: Packing = Packing.best_fit
+    packing: Packing = Packing.best_fit  # which pieces of documents share a row
     cross_document: bool = False  # true: attention and labels go across the documents of a row
     long_documents: LongDocuments = LongDocuments.split  # those longer than seq_len
     overlap: int = 0  # tokens that a split document's next part begins with again, as context alone
@@ -85,7 +85,7 @@ def check(config: DataConfig) -> None:
         if prepared_folder(one):
             continue
         source = find_source(one.path, one.streaming)
-        folder = _folder(one, source)
+        folder = text_folder(one, source)
         if is_corpus(folder):
             continue
         source.check()
@@ -108,7 +108,7 @@ def _prepare(config: DataConfig, told: Told) -> Path:
         verify(folder)
         return folder
     source = find_source(config.path, config.streaming)
-    folder = _folder(config, source)
+    folder = text_folder(config, source)
     if is_corpus(folder):
         verify(folder)
         return folder
@@ -209,7 +209,7 @@ def _is_still(descriptor: int, folder: Path) -> bool:
         return False
 
 
-def _folder(config: DataConfig, source: Source) -> Path:
+def text_folder(config: DataConfig, source: Source) -> Path:
     """Where the corpus is or will be: its name is a hash of all that decides what is in it."""
     return cache_folder(config.cache) / hashlib.sha256(key_of(config, source).encode()).hexdigest()[:32]
 

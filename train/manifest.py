@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 # Of the configuration, what decides what a weight or a row is. All else may change from one start to the next.
 FIXED = ("model",)
 # What may change without a word: where and how long a run goes on, not what it computes
-FREE = ("name", "run_dir", "resume", "nproc", "logger", "steps")
+FREE = ("name", "run_dir", "resume", "nproc", "logger", "steps", "check", "profile")
 
 
 @dataclass(kw_only=True)
