@@ -16,8 +16,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ringspan.train.budget import Budget, Job, Machine, advice, budget, fastest, job_of, longest, switches
-from ringspan.train.command import run_hydra
-from ringspan.train.config import TrainConfig
+from ringspan.train.command import CONF, run_hydra
+from ringspan.train.config import TrainConfig, structured
 from ringspan.train.tokenizer import load_tokenizer
 
 
@@ -38,14 +38,14 @@ class BudgetConfig(TrainConfig):
             raise ValueError("longest=true with fastest=true: one of them, as each picks the policy")
 
 
-ConfigStore.instance().store(name="budget_schema", node=BudgetConfig)
+ConfigStore.instance().store(name="budget_schema", node=structured(BudgetConfig))
 
 
 def main() -> int:
     return run_hydra(on_job, "budget.py", BudgetConfig)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="budget")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="budget")
 def on_job(cfg: DictConfig) -> None:
     try:
         config = cast(BudgetConfig, OmegaConf.to_object(cfg))

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.workers import check_devices, count_workers, launch, process_group, tell
-from ringspan.train.command import run_hydra
+from ringspan.train.command import CONF, run_hydra
 from ringspan.train.generate import GenerateConfig, Written, generate
 from ringspan.train.loop import pick_device
 
@@ -26,7 +26,7 @@ def main() -> int:
     return run_hydra(on_job, "generate.py", GenerateConfig)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="generate")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="generate")
 def on_job(cfg: DictConfig) -> None:
     try:
         config = cast(GenerateConfig, OmegaConf.to_object(cfg))

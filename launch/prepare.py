@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ringspan.train.command import run_hydra
+from ringspan.train.command import CONF, run_hydra
 from ringspan.train.corpus import Corpus
 from ringspan.train.prepare import PrepareConfig, Read, prepare_folder
 
@@ -27,7 +27,7 @@ def main() -> int:
     return run_hydra(on_job, "prepare.py", PrepareConfig)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="prepare")
+@hydra.main(version_base="1.3", config_path=CONF, config_name="prepare")
 def on_job(cfg: DictConfig) -> None:
     started = time.perf_counter()
     try:

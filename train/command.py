@@ -3,10 +3,14 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra.utils
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
+
+# For hydra.main, as an absolute path: what a console script imports is a module to it, whose folders need __init__.py
+CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
 def run_hydra(on_job: Callable[[], object], script: str, schema: type) -> int:

@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from ringspan.parallel.mesh import ParallelConfig
+from ringspan.train import launcher  # noqa: F401 - the launcher that conf/run.yaml names
 from ringspan.train.data import DataConfig
 from ringspan.train.data import check as check_data
 from ringspan.train.engine import EngineConfig
@@ -40,6 +41,8 @@ class TrainConfig:
     resume: str = "auto"  # the newest whole checkpoint in run_dir if there is one | none | a checkpoint's folder
     init: str | None = None  # the first weights: a folder in Hugging Face's layout, or a checkpoint; null: drawn
     deterministic: bool = False  # the same bits from the same start, on the same mesh; slower on GPUs
+    check: bool = False  # only look whether it could start: data, memory, communication; leaves nothing behind
+    profile: list[int] = field(default_factory=list)  # steps to trace, and to tell the time of by part, as [5,6]
     phases: list[Phase] = field(default_factory=list)  # a length curriculum: other lengths of rows from some steps on
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -55,6 +58,9 @@ class TrainConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
         check_phases(self.phases)
+        for step in self.profile:
+            if not 1 <= step <= self.steps:
+                raise ValueError(f"profile=[{step}]: steps are counted from 1 to steps={self.steps}")
         if self.evaluation.every and not (self.data.held_out or self.data.needles):
             raise ValueError(
                 f"evaluation.every={self.evaluation.every}: there is nothing to measure; give data.held_out, 0.02 for "
@@ -62,7 +68,14 @@ class TrainConfig:
             )
 
 
-ConfigStore.instance().store(name="schema", node=TrainConfig)
+def structured(cls: type) -> DictConfig:
+    """Of a command's configuration, for Hydra's store: no field can be added to it, but names to its mappings."""
+    node = OmegaConf.structured(cls)
+    OmegaConf.set_struct(node.data.mixture, False)
+    return node
+
+
+ConfigStore.instance().store(name="schema", node=structured(TrainConfig))
 
 
 def check(config: TrainConfig, world: int, device_type: str) -> None:
@@ -109,7 +122,8 @@ def field_names(part: type = TrainConfig, prefix: str = "") -> Iterator[str]:
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     for name in map(str, cfg):
         yield prefix + name
-        if OmegaConf.is_dict(part := cfg._get_node(name)):  # the node: values may not be there yet, or not resolve
+        part = cfg._get_node(name)  # the node: values may not be there yet, or not resolve
+        if OmegaConf.is_dict(part) and is_dataclass(OmegaConf.get_type(part)):  # a mapping's names are the user's
             yield from _keys(cast(DictConfig, part), f"{prefix}{name}.")
 
 
@@ -135,8 +149,13 @@ def _unknown_key(key: str, schema: type = TrainConfig) -> str:
     return f"{key}: there is no such key; {_nearest(key, siblings or [field.name for field in fields(schema)])}"
 
 
+PLUGINS = {"submitit_slurm": "hydra-submitit-launcher", "optuna": "hydra-optuna-sweeper"}  # options, and their packages
+
+
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, asked = str(error.missing_cfg_file).rpartition("/")
+    if group.startswith("hydra/") and asked in PLUGINS:
+        return f"{group}={asked}: it is a plugin's, which is not installed: pip install {PLUGINS[asked]}"
     return f"{group}={asked}: there is no such option; {_nearest(asked, list(error.options or []))}"
 
 

@@ -153,7 +153,7 @@ class GenerateConfig:
     top_p: float = 1.0  # draw from the likeliest tokens that together have this probability
     seed: int = 0  # of the draws
     tokenizer: str | None = None  # bytes, or a tokenizer's file; null: the model's own
-    dtype: Dtype = Dtype.auto
+    dtype: Dtype = Dtype.auto  # of weights and cache
     nproc: int = 1  # processes to share prompts and cache; 0: one on each GPU here, 2 where there is none
 
     def __post_init__(self) -> None:

@@ -29,18 +29,18 @@ Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    dim: int = 256
-    n_layers: int = 4
-    n_heads: int = 4
+    dim: int = 256  # width of the stream that layers read and add to
+    n_layers: int = 4  # each is attention and SwiGLU
+    n_heads: int = 4  # query heads
     n_kv_heads: int = 2  # key-value heads, each shared by n_heads / n_kv_heads query heads
-    head_dim: int = 64
+    head_dim: int = 64  # of queries, keys and values; even
     mlp_dim: int = 704  # width of SwiGLU's gate and of its value
     rope_base: float = 500_000.0  # wavelengths of the rotary positions go from 2 pi to 2 pi times this, in tokens
     rope_scaling: Scaling = Scaling.none  # of rows longer than rope_trained
     rope_trained: int = 0  # tokens; rows up to this length have plain positions, longer ones are scaled by how much
     qk_norm: bool = True  # RMSNorm of every query and key before they are rotated
     tie_embeddings: bool = False  # the head's matrix is the embedding
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "mlp_dim"):

@@ -11,11 +11,11 @@ from torch import nn
 @dataclass(kw_only=True)
 class OptimConfig:
     lr: float = 3e-4  # the highest, reached when the warm-up ends
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: float = 0.9  # of the mean of gradients
+    beta2: float = 0.95  # of the mean of their squares
+    eps: float = 1e-8  # added to the root of that
     weight_decay: float = 0.1  # of matrices; norms do not decay
-    warmup_steps: int = 10
+    warmup_steps: int = 10  # of a linear rise to lr; then a cosine to the last step
     min_lr: float = 0.1  # the last step's learning rate, as a fraction of lr
 
     def __post_init__(self) -> None:

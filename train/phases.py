@@ -9,7 +9,7 @@ from itertools import pairwise
 class Phase:
     """From the step after `step` updates on. A phase is a fresh pass over the text, cut into rows of its own length."""
 
-    step: int = 0
+    step: int = 0  # updates before the phase
     seq_len: int = 0  # tokens, whole sequence
     rope_base: float | None = None  # null: model.rope_base
 
