@@ -175,12 +175,13 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, small):
     assert done.stderr == f"train.py: run_dir: Not a directory ({here}/file/run); give a folder that can be written\n"
 
 
-def test_a_mistake_under_torchrun_is_told_once(here, small):
-    done = run(*TORCHRUN, SCRIPT, *small, "parallel.ring=3", cwd=here)
-    assert done.returncode != 0
-    assert (done.stdout + done.stderr).count("does not multiply to the 2 processes of this run") == 1
-    assert "train.py: parallel: ring=3" in done.stderr
-    assert "Error executing job" not in done.stderr
+def test_a_mistake_under_torchrun_is_told_once(here, small, monkeypatch, capfd):
+    """By rank 0, which sends the others home."""
+    code, store = under_torchrun(monkeypatch, here, 1, *small, "parallel.ring=3")
+    assert (code, receive(store)) == (1, None)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("train.py: parallel: ring=3")
+    assert "does not multiply to the 2 processes of this run" in line
     assert list((here / "runs").iterdir()) == []
 
 
@@ -196,21 +197,21 @@ def test_a_mistake_that_all_ranks_find_in_training_is_told_once(here, small):
 
 def test_torchrun_from_another_folder_goes_on_by_itself_after_a_killed_rank(here, small):
     """In one run folder, though its name is the time of the start, from its own checkpoint, and in the same W&B run."""
-    torchrun = [*TORCHRUN, "--max-restarts=1", SCRIPT, *small, "seq_len=65", "steps=24", "train.save_every=2"]
+    torchrun = [*TORCHRUN, "--max-restarts=1", SCRIPT, *small, "seq_len=65", "steps=14", "train.save_every=2"]
     job = Started([*torchrun, "resume=none", "train.keep=0"], here)
-    job.wait_for("step  8/24")
+    job.wait_for("step  6/14")
     os.kill(max(children_of(job.process.pid)), signal.SIGKILL)
     assert job.end() == 0, job.said
-    assert job.said.count("step 24/24 | loss ") == 1
+    assert job.said.count("step 14/14 | loss ") == 1
     assert "unigram entropy" in job.said.splitlines()[-1]
     assert {path.name for path in here.iterdir()} == {"runs"}
     (folder,) = (here / "runs").iterdir()
     lines = metrics(folder)
     assert tuple(lines[0]) == METRICS
-    assert [line["step"] for line in lines] == list(range(1, 25))
-    assert (folder / "checkpoints" / "step-00000024").is_dir()
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert (folder / "checkpoints" / "step-00000014").is_dir()
     told = json.loads((folder / "run.json").read_text())
-    assert 4 <= int(told["resumed"][-8:]) < 24
+    assert 2 <= int(told["resumed"][-8:]) < 14
     assert told["attention"] == {"strategy": "ring", "backend": "torch", "transport": "p2p", "layout": "balanced"}
     assert told["mesh"] == {"data": 1, "ring": 2, "ulysses": 1}
     assert told["config"]["seq_len"] == 65

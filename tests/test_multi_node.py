@@ -60,15 +60,8 @@ def make(*command: str) -> None:
         pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
 
 
-@pytest.mark.parametrize(
-    ("ranks_each", "ulysses"),
-    [
-        (1, 1),
-        pytest.param(
-            2, 2, marks=pytest.mark.skipif("CI" in os.environ, reason="takes 20 s of two cores; CI has the ring of 2")
-        ),
-    ],
-)
+@pytest.mark.skipif("CI" in os.environ, reason="takes 15 to 20 s of two cores, which CI has not left")
+@pytest.mark.parametrize(("ranks_each", "ulysses"), [(1, 1), (2, 2)])
 def test_two_hosts_train_to_the_loss_of_one_process(ranks_each, ulysses, on_host, ranks, tmp_path):
     """A ring across them; with two ranks each, those that trade heads are on one host."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text to learn from\n" for i in range(400)))

@@ -96,11 +96,13 @@ def expected(root, ragged, ranks):
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_stage_and_accumulation_gives_the_same_curve(mesh, root, ragged, expected, ranks):
-    """Half of the product: a stage has one micro-batch a step on every other mesh, and two on the others."""
+    """Half of the product, and a quarter on 4 ranks: a stage has one micro-batch a step on every other mesh, and two on
+    the others."""
     turn = MESHES.index(mesh)
+    stages = STAGES if math.prod(mesh) < 4 else STAGES[turn // 2 % 2 :: 2]
     configs = [
         job(root, f"{mesh}-{zero}", ragged, mesh=mesh, zero=zero, accumulation=1 + (zero + turn) % 2, n_layers=1)
-        for zero in STAGES
+        for zero in stages
     ]
     ranks(math.prod(mesh))(run_all, configs, timeout=280)
     for config in configs:

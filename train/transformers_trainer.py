@@ -97,9 +97,8 @@ class RingTrainer(Trainer):
         mesh, a = self.attend.mesh, self.args
         first = a.seed if a.data_seed is None else a.data_seed
 
-        def seed() -> (
-            int
-        ):  # not by what Accelerate tells a sampler: nothing in the epoch in which a run is taken up again
+        def seed() -> int:
+            # Not what Accelerate tells a sampler: that is nothing in the epoch in which a run is taken up again
             return first + int(self.state.epoch or 0)
 
         return SharedRows(sampler, batch, mesh.data, mesh.ring * mesh.ulysses, seed, a.dataloader_drop_last)
