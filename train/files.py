@@ -33,6 +33,17 @@ def why(error: OSError, path: Path) -> str:
     return f"{error.strerror} ({error.filename or path})"
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a log; none where there is no such file.
+
+    A last one without an end is being written, or was cut by a kill or a full disk, and is left out.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines of a log after ``step``, and a last line that a kill or a full disk has cut."""
     if not path.exists():

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ringspan.train.files import whole_lines
+
 NOT_COMPARED = (
     "config.name",
     "config.run_dir",
@@ -128,16 +130,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects by ascending step, the last of each; none where there is no such file.
-
-    A last line without an end is being written, or was cut by a kill, and is left out. ValueError: another is broken.
-    """
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1].splitlines()
+    """Objects by ascending step, the last of each; see `whole_lines`. ValueError: a line of them is broken."""
     found: dict[int, dict[str, Any]] = {}
-    for place, line in enumerate(whole, start=1):
+    for place, line in enumerate(whole_lines(path), start=1):
         try:
             one = json.loads(line)
             found[one["step"]] = {"tokens": math.nan, **one}

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from ringspan.train.files import Lines, keep_until, replace, why, write_json
+from ringspan.train.files import Lines, keep_until, replace, whole_lines, why, write_json
 from ringspan.train.measured import Measured
 from ringspan.train.metrics import METRICS, Ranks, Record, plain
 from ringspan.train.progress import Progress, in_words
@@ -52,8 +52,8 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 keep_until(self.folder / name, first_step)
-                for line in lines_of(self.folder / name):
-                    self.best.see(line)
+                for line in whole_lines(self.folder / name):
+                    self.best.see(json.loads(line))
             self.lines = Lines(self.folder / "metrics.jsonl")
             self.evaluations = Lines(self.folder / "evaluations.jsonl")
             self.wandb = start_wandb(self.folder, self.config, config.logger, fresh=first_step == 0)
@@ -165,10 +165,6 @@ class Best:
         best = {f"best/{name}": value for name, (value, _) in self.lowest.items()}
         steps = {f"best/{name}_step": step for name, (_, step) in self.lowest.items()}
         return {**best, **steps, **{f"final/{name}": value for name, value in self.last.items()}}
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def finite(record: Record) -> Record:

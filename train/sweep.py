@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ringspan.parallel.workers import WorkerError, tell
-from ringspan.train.files import replace, write_json
+from ringspan.train.files import replace, whole_lines, write_json
 
 JOB, TABLE = "job.json", "results.csv"
 COLUMNS = ("job", "overrides", "loss", "best_held_out", "tokens_per_second_per_gpu", "status", "reason")
@@ -66,7 +66,8 @@ def results(folder: Path) -> list[Row]:
 
 def measured(run_dir: Path) -> Row:
     """The last loss (nats a label token), the best on held-out text, and tokens/s a GPU, the median of logged steps."""
-    steps, evaluations = _lines(run_dir / "metrics.jsonl"), _lines(run_dir / "evaluations.jsonl")
+    logs = (whole_lines(run_dir / name) for name in ("metrics.jsonl", "evaluations.jsonl"))
+    steps, evaluations = ([json.loads(line) for line in log] for log in logs)
     held_out = [line["eval/loss"] for line in evaluations if line.get("eval/loss") is not None]
     rates = [line["perf/tokens_per_second_per_gpu"] for line in steps]
     return {
@@ -74,14 +75,6 @@ def measured(run_dir: Path) -> Row:
         "best_held_out": min(held_out, default=None),
         "tokens_per_second_per_gpu": statistics.median(rates) if rates else None,
     }
-
-
-def _lines(path: Path) -> list[Row]:
-    """Of a log; its last line may be cut, as a job writes while others look."""
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
 
 
 def finish(folder: Path) -> str:
