@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from ringspan.train.budget import Budget, Job, Machine, advice, budget, fastest, job_of, longest, switches
 from ringspan.train.command import CONF, run_hydra
 from ringspan.train.config import TrainConfig, structured
+from ringspan.train.model import padded_vocabulary
 from ringspan.train.tokenizer import load_tokenizer
 
 
@@ -59,7 +60,7 @@ def chosen(config: BudgetConfig) -> tuple[Job, Job]:
     """(the job that was asked for, the one that was picked). ValueError: none fits."""
     vocabulary = config.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     device = "cpu" if config.machine.name == "cpu" else "cuda"
-    asked = job_of(config, config.nproc or config.machine.gpus, -(-vocabulary // 64) * 64, device)
+    asked = job_of(config, config.nproc or config.machine.gpus, padded_vocabulary(vocabulary), device)
     asked = replace(asked, document=config.document)
     pick = longest if config.longest else fastest if config.fastest else None
     job = pick(asked, config.machine) if pick else asked

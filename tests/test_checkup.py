@@ -11,8 +11,10 @@ import torch.distributed as dist
 from test_parity import job, write_texts
 
 from ringspan.parallel import workers
+from ringspan.parallel.attention import SequenceAttention
 from ringspan.train import checkup
 from ringspan.train.data import DataConfig, prepare
+from ringspan.train.phases import Phase
 
 SCRIPT = str(Path(__file__).parents[1] / "launch" / "train.py")
 SHAPE = "model=tiny model.n_layers=1 model.dim=16 model.n_heads=2 model.n_kv_heads=1 model.head_dim=8 model.mlp_dim=16"
@@ -56,6 +58,28 @@ def test_ranks_talk_as_they_would_in_training(mesh, root, text, ranks):
     data, ring, ulysses = mesh
     assert f"2 processes on 1 host, data {data} x ring {ring} x ulysses {ulysses}: all" in said["communication"][1]
     assert ("transport p2p" in said["communication"][1]) == (ring == 2)
+
+
+def picked_for(config):
+    """The length that attention is picked for, and what is said of it; the strategy goes by length on GPUs alone."""
+    pick, lengths = SequenceAttention.pick, []
+
+    def seen(self, q, *, kv_heads=None, seq_len=None):
+        lengths.append(seq_len)
+        return pick(self, q, kv_heads=kv_heads, seq_len=seq_len)
+
+    SequenceAttention.pick = seen
+    try:
+        return lengths, look(config)
+    finally:
+        SequenceAttention.pick = pick
+
+
+def test_attention_is_picked_as_the_run_does_it_for_the_longest_phase(root, text, ranks):
+    config = job(root, "phases", text)
+    config.phases = [Phase(step=1, seq_len=128), Phase(step=2, seq_len=32)]
+    (lengths, _), *_ = ranks(1)(picked_for, config)
+    assert lengths == [128]
 
 
 def test_text_is_read_as_far_as_it_is_tokenised(root, text, ranks):

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from ringspan.parallel import workers
 from ringspan.train.budget import Machine, budget, job_of
 from ringspan.train.config import TrainConfig, check, field_names, typed
+from ringspan.train.model import padded_vocabulary
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -199,7 +200,7 @@ def test_an_experiment_for_gpus_fits_its_machine_as_its_head_says(experiment):
     head = " ".join(line.lstrip("# ") for line in (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines())
     (gpus,) = re.findall(r"on (\d) H100", head)
     vocabulary, *told = SAYS.search(head).groups(default="0")
-    job = job_of(composed(f"experiment={experiment}"), int(gpus), -(-int(vocabulary.replace(",", "")) // 64) * 64)
+    job = job_of(composed(f"experiment={experiment}"), int(gpus), padded_vocabulary(int(vocabulary.replace(",", ""))))
     found = budget(job, Machine())
     assert found.fits
     assert found.gpu_gib < 0.9 * found.room, "what is not measured needs a margin"

@@ -6,10 +6,14 @@ from torch.nn.functional import cross_entropy, silu
 
 from ringspan.kernels.attention import attention
 from ringspan.kernels.spans import Spans
-from ringspan.train.model import GPT, ModelConfig
+from ringspan.train.model import GPT, ModelConfig, padded_vocabulary
 from ringspan.train.rotary import Rope
 
 VOCABULARY = 61
+
+
+def test_a_vocabulary_is_padded_to_the_next_multiple_of_64():
+    assert [padded_vocabulary(n) for n in (1, 63, 64, 65, 50257)] == [64, 64, 64, 128, 50304]
 
 
 def config(**changes):

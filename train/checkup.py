@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_group, _set_pg_timeout
 
-from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.transport import Lane, open_lane
 from ringspan.parallel.ulysses import to_heads, to_positions
@@ -30,7 +29,8 @@ from ringspan.train.corpus import is_corpus
 from ringspan.train.data import DataConfig, prepared_folder, text_folder
 from ringspan.train.documents import find_source
 from ringspan.train.initial import find_weights
-from ringspan.train.loop import pick_device
+from ringspan.train.loop import attention_of, pick_device
+from ringspan.train.model import padded_vocabulary
 from ringspan.train.needle import IDS
 from ringspan.train.reading import Columns, Skipped, Unreadable
 from ringspan.train.rows import Text
@@ -91,12 +91,7 @@ class _Run:
         c, started = self.config, time.perf_counter()
         hosts = len(set(of_every_rank(socket.gethostname())))
         mesh = Mesh.create(*c.parallel.sizes(self.world), self.device.type)
-        attend = SequenceAttention(
-            mesh, c.parallel.layout.value, c.train.attention.value, strategy=c.parallel.strategy.value
-        )
-        m, dtype = c.model, c.engine.resolve(self.device.type)
-        query = torch.empty(1, 1, m.n_heads, m.head_dim, dtype=dtype, device=self.device)
-        picked = attend.pick(query, kv_heads=m.n_kv_heads, seq_len=c.seq_len)
+        attend, picked = attention_of(c, mesh, self.device)
         self.add_up()
         pass_on(mesh, attend.transport, self.device)
         trade(mesh, self.device)
@@ -114,7 +109,7 @@ class _Run:
     def data(self) -> str:
         opened = from_rank_zero(lambda: open_data(self.config))
         first = find_weights(self.config.init, self.config.model)
-        self.vocab_size = first.vocab_size if first else -(-opened.vocab_size // 64) * 64
+        self.vocab_size = first.vocab_size if first else padded_vocabulary(opened.vocab_size)
         for path in (*opened.folders, Path(self.config.run_dir)):
             if not path.is_dir():
                 raise ValueError(

@@ -28,7 +28,7 @@ from ringspan.train.initial import open_weights
 from ringspan.train.layer import CompileClock
 from ringspan.train.meter import Meter
 from ringspan.train.metrics import flops_per_step, plain, record
-from ringspan.train.model import GPT
+from ringspan.train.model import GPT, padded_vocabulary
 from ringspan.train.optim import learning_rate
 from ringspan.train.phases import Phase, phase_at
 from ringspan.train.profiling import Profiler
@@ -77,18 +77,13 @@ class Trainer:
         self.mesh = Mesh.create(*config.parallel.sizes(dist.get_world_size()), self.device.type)
         self.text = Text(from_rank_zero(lambda: prepare(config.data)), config.data)
         self.initial = open_weights(config.init, config.model, self.text.vocab_size)
-        # Matrix products are quickest at multiples of 64
-        self.vocab_size = self.initial.vocab_size if self.initial else -(-self.text.vocab_size // 64) * 64
+        self.vocab_size = self.initial.vocab_size if self.initial else padded_vocabulary(self.text.vocab_size)
         self.resumed, self.refused = checkpoint.choose(run_dir, config.resume)
         self.changes: list[str] = []  # of the configuration since the checkpoint
         self.done = self.start_or_resume()
         size = 12 * config.model.parameters(self.vocab_size)  # bytes of a checkpoint: weights and two moments, in fp32
         from_rank_zero(lambda: checkpoint.check_writable(run_dir, size))
-        p, m = config.parallel, config.model
-        backend, strategy = config.train.attention.value, p.strategy.value
-        self.attend = SequenceAttention(self.mesh, p.layout.value, backend, strategy=strategy)
-        longest = max([config.seq_len, *(phase.seq_len for phase in config.phases)])
-        self.picked = self.attend.pick(self.query(), kv_heads=m.n_kv_heads, seq_len=longest)
+        self.attend, self.picked = attention_of(config, self.mesh, self.device)
         self.compiling = CompileClock()
         self.job = budget.job_of(config, self.mesh.world, self.vocab_size, self.device.type)
         self.machine = budget.machine_here(self.device, self.mesh.world)
@@ -140,11 +135,6 @@ class Trainer:
         self.changes = manifest.require_same(saved, fresh, self.resumed)
         told = ("step", "tokens", "rows_seen", "loss", "skipped")
         return replace(fresh, **{name: getattr(saved, name) for name in told})
-
-    def query(self) -> Tensor:
-        """One like those that attention will see."""
-        m, dtype = self.config.model, self.config.engine.resolve(self.device.type)
-        return torch.empty(1, 1, m.n_heads, m.head_dim, dtype=dtype, device=self.device)
 
     def enter(self, phase: Phase) -> None:
         """Make ready for rows of a phase's length."""
@@ -356,6 +346,15 @@ class Trainer:
         self.checkpoints.close()
         self.prefetch.close()
         self.log.close()
+
+
+def attention_of(config: TrainConfig, mesh: Mesh, device: torch.device) -> tuple[SequenceAttention, dict[str, str]]:
+    """Attention on this mesh, and what was picked for the longest rows. All ranks ask together; see `pick`."""
+    m, p, dtype = config.model, config.parallel, config.engine.resolve(device.type)
+    attend = SequenceAttention(mesh, p.layout.value, config.train.attention.value, strategy=p.strategy.value)
+    query = torch.empty(1, 1, m.n_heads, m.head_dim, dtype=dtype, device=device)  # one like those it will see
+    longest = max([config.seq_len, *(phase.seq_len for phase in config.phases)])
+    return attend, attend.pick(query, kv_heads=m.n_kv_heads, seq_len=longest)
 
 
 def pick_device() -> torch.device:
