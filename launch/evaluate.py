@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ringspan.parallel.mesh import Mesh
-from ringspan.parallel.workers import check_devices, count_workers, launch, process_group, tell
+from ringspan.parallel.workers import check_devices, count_workers, run_on, tell
 from ringspan.train.command import CONF, run_hydra
 from ringspan.train.files import replace, write_json
 from ringspan.train.long_context import EvaluateConfig, Evaluated, evaluate
@@ -35,11 +35,7 @@ def on_job(cfg: DictConfig) -> None:
         config = cast(EvaluateConfig, OmegaConf.to_object(cfg))
         nproc = count_workers(config.nproc)
         check_devices(nproc)
-        if nproc > 1:
-            evaluated = launch(measure, config, nproc=nproc)
-        else:
-            with process_group():
-                evaluated = measure(config)
+        evaluated = run_on(nproc, measure, config)
         print(evaluated.measured.tables())
         folder = Path(config.out or f"evaluations/{time.strftime('%m%d-%H%M%S')}")
         write(evaluated, folder)

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from ringspan.parallel.mesh import Mesh
-from ringspan.parallel.workers import check_devices, count_workers, launch, process_group, tell
+from ringspan.parallel.workers import check_devices, count_workers, run_on, tell
 from ringspan.train.command import CONF, run_hydra
 from ringspan.train.generate import GenerateConfig, Written, generate
 from ringspan.train.loop import pick_device
@@ -32,11 +32,7 @@ def on_job(cfg: DictConfig) -> None:
         config = cast(GenerateConfig, OmegaConf.to_object(cfg))
         nproc = count_workers(config.nproc)
         check_devices(nproc)
-        if nproc > 1:
-            written = launch(write, config, nproc=nproc)
-        else:
-            with process_group():
-                written = write(config)
+        written = run_on(nproc, write, config)
     except Exception as error:
         say(tell(error))
         sys.exit(1)

@@ -31,6 +31,7 @@ from ringspan.parallel.workers import (
     launch,
     process_group,
     receive,
+    run_on,
     tell,
     torchrun_place,
     under_torchrun,
@@ -56,7 +57,7 @@ def main() -> int:
 
 
 def run(config: TrainConfig, run_dir: str) -> object:
-    """Here, if one process will do; else on fresh workers, so that nothing leaks from job to job."""
+    """Here, if one process will do; the jobs of a sweep on fresh workers always, so that nothing leaks between them."""
     nproc = count_workers(config.nproc)
     check_machine(config, nproc, nproc)
     job = Job(*work_of(config, run_dir), nproc)
@@ -64,10 +65,9 @@ def run(config: TrainConfig, run_dir: str) -> object:
         return job
     if nproc < gpus():
         say(f"nproc={nproc} leaves {gpus() - nproc} of {gpus()} GPUs idle; nproc=0 takes all")
-    if nproc > 1 or is_sweep():
+    if is_sweep():
         return launch(job.task, *job.args, nproc=nproc)
-    with process_group():
-        return job.task(*job.args)
+    return run_on(nproc, job.task, *job.args)
 
 
 def work_of(config: TrainConfig, run_dir: str) -> tuple[Callable[..., object], tuple[object, ...]]:

@@ -180,6 +180,14 @@ def launch(task: Callable[..., Result], *args: object, nproc: int) -> Result:
     return outcome
 
 
+def run_on(nproc: int, task: Callable[..., Result], *args: object) -> Result:
+    """``task(*args)`` in this process, as a group of one, if one will do; else on fresh workers, as of `launch`."""
+    if nproc > 1:
+        return launch(task, *args, nproc=nproc)
+    with process_group():
+        return task(*args)
+
+
 def launch_all(
     jobs: Sequence[Job],
     at_once: int = 1,

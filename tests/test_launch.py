@@ -11,13 +11,15 @@ import time
 from collections.abc import Iterator
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ringspan.parallel.workers import WorkerError, launch, receive
+from ringspan.parallel import workers
+from ringspan.parallel.workers import WorkerError, launch, receive, run_on
 from ringspan.train.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -262,9 +264,16 @@ def hang(folder: str) -> None:
 
 
 def test_fresh_workers_give_rank_0_s_result(capfd):
-    assert launch(rank_sum, 10, nproc=2) == 21
+    assert run_on(2, rank_sum, 10) == 21
     assert capfd.readouterr().err == ""
     assert not workers_left()
+
+
+def test_one_process_is_this_one_in_a_group_of_its_own(monkeypatch):
+    monkeypatch.setattr(workers, "launch", fail_on_rank_one)
+    with mock.patch.dict(os.environ):
+        assert run_on(1, lambda base: (os.getpid(), rank_sum(base)), 10) == (os.getpid(), 10)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize(
