@@ -167,9 +167,9 @@ def with_hydra(task: Task) -> int:
 
 def in_sweep(task: Task, cfg: DictConfig) -> object:
     """What Hydra goes on from, and sweepers learn from: the result, an exception, or a Job for later."""
-    h = HydraConfig.get()
+    h, later = HydraConfig.get(), side_by_side()
     try:
-        return sweep.noted(h.runtime.output_dir, h.job.num, h.overrides.task, lambda: task(*settled(cfg)))
+        return sweep.noted(h.runtime.output_dir, h.job.num, h.overrides.task, lambda: task(*settled(cfg)), later=later)
     except Exception as error:
         say(f"job {job_name()} failed: {tell(error)}")
         raise

@@ -9,6 +9,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -134,13 +135,32 @@ def told_and_printed() -> str:
     return visible()
 
 
+class Killed(BaseException):
+    """The end of a process that nothing in it hears of."""
+
+
+@pytest.mark.parametrize(("later", "said"), [(True, ("waiting", "")), (False, ("running", "last heard of 2h05m ago"))])
+def test_a_job_that_was_killed_is_known_by_its_silence(later, said, tmp_path):
+    def die() -> None:
+        log = tmp_path / "metrics.jsonl"
+        log.write_text('{"train/loss": 2.5, "perf/tokens_per_second_per_gpu": 10}\n')
+        raise Killed
+
+    with pytest.raises(Killed):
+        sweep.noted(str(tmp_path), 3, ["seed=1"], die, later=later)
+    for name, hours in (("job.json", 9), ("metrics.jsonl", 2)):
+        os.utime(tmp_path / name, (then := time.time() - 3600 * hours - 310, then))
+    (row,) = sweep.results(tmp_path)
+    assert (row["job"], row["loss"], (row["status"], row["reason"])) == (3, 2.5, said)
+
+
 # The command line, with a stand-in for training
 
 
 def learn(config, run_dir: str) -> float:
     """What a run leaves behind that has a loss of 10 x its learning rate, and fails at a rate of 0.5."""
     folder, loss = Path(run_dir), 10 * config.optim.lr
-    folder.mkdir(parents=True, exist_ok=True)
+    assert json.loads((folder / "job.json").read_text())["status"] == "running"
     rate = {"perf/tokens_per_second_per_gpu": 1000 * config.optim.lr}
     steps = [{"step": step, "train/loss": loss + 2 - step, **rate} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
@@ -204,6 +224,11 @@ def test_a_mistake_in_the_last_job_is_told_before_the_first_trains(train_py, cre
     assert err.count("train.py: job 1 (") == 1
     assert "starts" not in err, "one that runs alone prints where the sweep does"
     assert out.splitlines()[-1].startswith("2 jobs: 1 done, 1 failed; ")
+
+
+def test_hydra_s_own_launcher_runs_jobs_one_after_the_other(train_py):
+    assert train_py("-m", "hydra/launcher=basic", "name=s", "model=tiny", "optim.lr=0.1,0.2") == 0
+    assert [row["status"] for row in table("sweeps/s")] == ["done", "done"]
 
 
 @pytest.mark.parametrize(

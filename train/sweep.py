@@ -2,19 +2,22 @@
 
 A job's folder has job.json: its number, its overrides, a status (waiting, running, done, failed, or stopped, which has
 left before its last step) and of what failed the reason. Whatever launches jobs, here or on other hosts of one file
-system, the table can be made at any time.
+system, the table can be made at any time. A job that was killed outright cannot note its end: it stays "running", and
+the table says when it was last heard of.
 """
 
 import csv
 import io
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ringspan.parallel.workers import WorkerError, tell
 from ringspan.train.files import replace, whole_lines, write_json
+from ringspan.train.progress import short_time
 
 JOB, TABLE = "job.json", "results.csv"
 COLUMNS = ("job", "overrides", "loss", "best_held_out", "tokens_per_second_per_gpu", "status", "reason")
@@ -29,9 +32,9 @@ def note(run_dir: str, status: str, reason: str = "", **facts: Any) -> None:
     write_json(path, {**before, **facts, "status": status, "reason": reason})
 
 
-def noted(run_dir: str, number: int, overrides: Sequence[str], work: Callable[[], Any]) -> Any:
-    """``work()``, with a word of it before and after. A job that is only made here, and runs later, waits."""
-    note(run_dir, "waiting", job=number, overrides=list(overrides))
+def noted(run_dir: str, number: int, overrides: Sequence[str], work: Callable[[], Any], *, later: bool = False) -> Any:
+    """``work()``, with a word of it before and after. ``later``: it only makes a job, which runs when there is room."""
+    note(run_dir, "waiting" if later else "running", job=number, overrides=list(overrides))
     try:
         done = work()
     except Exception as error:
@@ -59,9 +62,16 @@ def results(folder: Path) -> list[Row]:
     for run_dir, one in told.items():
         own = " ".join(override for override in one["overrides"] if override not in everywhere)
         reason = (one["reason"].splitlines() or [""])[-1]  # of a traceback, what was raised
+        if one["status"] == "running":
+            reason = f"last heard of {short_time(time.time() - last_word(run_dir))} ago"
         job = {"job": one["job"], "overrides": own}
         rows.append({**job, **measured(run_dir), "status": one["status"], "reason": reason})
     return sorted(rows, key=lambda row: row["job"])
+
+
+def last_word(run_dir: Path) -> float:
+    """When a job has last logged a step, or noted that it runs: seconds since 1970."""
+    return max(path.stat().st_mtime for name in (JOB, "metrics.jsonl") if (path := run_dir / name).exists())
 
 
 def measured(run_dir: Path) -> Row:
