@@ -148,11 +148,11 @@ def pick_backend(name: str, q: Tensor, k: Tensor | None = None, v: Tensor | None
     if name == "auto":
         # Triton's interpreter is for tests: slower than plain PyTorch, so never picked without being asked for.
         tried = BACKENDS if q.device.type == "cuda" else ("torch",)
-        return next(backend for backend in tried if _refusal(backend, q, k, v) is None)
+        return next(backend for backend in tried if refusal(backend, q, k, v) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(BACKENDS)}")
-    if refusal := _refusal(name, q, k, v):
-        raise ValueError(f"backend={name!r} cannot run here: {refusal}; use backend='auto'")
+    if why := refusal(name, q, k, v):
+        raise ValueError(f"backend={name!r} cannot run here: {why}; use backend='auto'")
     return name
 
 
@@ -177,7 +177,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], sinks: 
         raise ValueError(f"sinks {tuple(sinks.shape)}: one logit a head, ({q.shape[2]},)")
 
 
-def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refusal(name: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why the backend cannot run these; None if it can."""
     if name == "torch":
         return None

@@ -60,10 +60,24 @@ class ParallelConfig:
                 for name, size in (("data", self.data), ("ring", self.ring), ("ulysses", self.ulysses))
                 if size is not None
             )
-            raise ValueError(f"parallel: {asked} does not multiply to the {world} processes of this run")
+            raise ValueError(
+                f"parallel: {asked} does not multiply to the {world} processes of this run; {self._way_out(world)}"
+            )
         assert data is not None
         assert ring is not None
         return data, ring, self.ulysses
+
+    def _way_out(self, world: int) -> str:
+        """The first size that alone could be another: it divides what the others leave, or is that if all are given."""
+        given = {"ring": self.ring, "data": self.data, "ulysses": self.ulysses}
+        for name, size in given.items():
+            others = math.prod(n or 1 for other, n in given.items() if other != name)
+            if size is None or world % others:
+                continue
+            rest = world // others
+            sizes = [n for n in range(1, rest + 1) if rest % n == 0] if None in given.values() else [rest]
+            return f"with the others as they are, parallel.{name} can be {', '.join(map(str, sizes))}"
+        return "leave them out, and the ring takes all processes"
 
 
 def across_hosts(ulysses: int, hosts: Sequence[str]) -> str | None:

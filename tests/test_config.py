@@ -101,6 +101,7 @@ MISTAKES = {  # besides those that docs/troubleshooting.md shows, which test_tro
     "modell=tiny": "did you mean model?",
     "experiment=mars": "experiment=mars: there is no such option; there are gpt2_64k",
     "optim.lr=big": "optim.lr: Value 'big' of type 'str' could not be converted to Float",
+    "steps=2M": "could not be converted to Integer; give a plain number, 2097152 or 2000000",
     "parallel.ulysses=null": "'parallel.ulysses' is not Optional",
     "seq_len=-1": "seq_len=-1: must be 1 or more",
     "seq_len=0": "seq_len=0: must be 1 or more",

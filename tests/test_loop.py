@@ -317,7 +317,11 @@ def test_the_resume_command_is_the_one_that_started_the_run(root, text, monkeypa
     assert resume_command(config) == f"python {end}"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
     assert resume_command(config) == f"torchrun --nproc_per_node=4 {end}"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    told = "on each of the 2 hosts, with the --rdzv options that it had: "
+    assert resume_command(config) == f"{told}torchrun --nproc_per_node=4 --nnodes=2 {end}"
     monkeypatch.setattr(sys, "argv", ["launch/train.py", "-m", "seq_len=64,128"])
     assert resume_command(config) == "the job's own values, without -m, and run_dir='/runs/my run'"
 

@@ -20,9 +20,19 @@ def test_what_is_not_said_takes_the_ranks_that_are_left(asked, world, sizes):
     assert ParallelConfig(**asked).sizes(world) == sizes
 
 
-@pytest.mark.parametrize("asked, world", [({"ring": 3}, 4), ({"data": 2, "ring": 1}, 4), ({"ulysses": 8}, 4)])
-def test_a_mesh_that_does_not_multiply_to_the_world_is_refused(asked, world):
-    with pytest.raises(ValueError, match=f"does not multiply to the {world} processes"):
+@pytest.mark.parametrize(
+    "asked, world, way_out",
+    [
+        ({"ring": 3}, 4, "parallel.ring can be 1, 2, 4"),
+        ({"ring": 3, "ulysses": 2}, 8, "parallel.ring can be 1, 2, 4"),
+        ({"data": 2, "ring": 1}, 4, "parallel.ring can be 2"),
+        ({"data": 3, "ring": 4}, 8, "parallel.data can be 2"),
+        ({"ulysses": 8}, 4, "parallel.ulysses can be 1, 2, 4"),
+        ({"data": 3, "ring": 3}, 4, "leave them out, and the ring takes all processes"),
+    ],
+)
+def test_a_mesh_that_does_not_multiply_to_the_world_is_refused(asked, world, way_out):
+    with pytest.raises(ValueError, match=f"does not multiply to the {world} processes of this run; .*{way_out}$"):
         ParallelConfig(**asked).sizes(world)
 
 

@@ -6,6 +6,7 @@ explain(error)                         # what Hydra and OmegaConf say about a mi
 """
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from ringspan.train.engine import EngineConfig
 from ringspan.train.evaluate import EvaluationConfig
 from ringspan.train.initial import find_weights
 from ringspan.train.loop_config import LoopConfig
+from ringspan.train.manifest import find
 from ringspan.train.metrics import LoggerConfig
 from ringspan.train.model import ModelConfig
 from ringspan.train.optim import OptimConfig
@@ -83,7 +85,7 @@ def check(config: TrainConfig, world: int, device_type: str) -> None:
 
     Raises:
         ValueError: sizes that do not multiply to ``world``, heads that do not divide, a dtype that the device or the
-            engine cannot do, a checkpoint that is not there, first weights of another model, data that cannot be read.
+            engine cannot do, a checkpoint without a manifest, first weights of another model, data that cannot be read.
     """
     _, _, ulysses = config.parallel.sizes(world)
     if config.model.n_heads % ulysses:
@@ -92,8 +94,10 @@ def check(config: TrainConfig, world: int, device_type: str) -> None:
             f"the nearest is {nearest_divisor(config.model.n_heads, ulysses)}"
         )
     config.engine.resolve(device_type)
-    if config.resume not in {"auto", "none"} and not Path(config.resume).is_dir():
-        raise ValueError(f"resume={config.resume}: no such folder; give auto, none or a checkpoint's folder")
+    if config.resume not in {"auto", "none"}:
+        if not Path(config.resume).is_dir():
+            raise ValueError(f"resume={config.resume}: no such folder; give auto, none or a checkpoint's folder")
+        find(config.run_dir, config.resume)  # its files are looked at when all ranks can do so together
     find_weights(config.init, config.model)
     check_data(config.data)
 
@@ -139,8 +143,17 @@ def explain(error: Exception, schema: type = TrainConfig) -> str:
     key = str((inner and inner.full_key) or "")
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
         return _unknown_key(key, schema)
-    said = " ".join(str(inner if key else error).split("full_key:")[0].split())
+    told = " ".join(str(inner if key else error).split("full_key:")[0].split())
+    said = told + _plain_number(told)
     return f"{key}: {said}" if key and key not in said else said
+
+
+def _plain_number(said: str) -> str:
+    """What to write for a number such as 64k, which is not one here."""
+    if not (found := re.match(r"Value '(\d+)([km])' .* could not be converted to Integer", said, re.IGNORECASE)):
+        return ""
+    number, power = int(found[1]), {"k": 1, "m": 2}[found[2].lower()]
+    return f"; give a plain number, {number * 1024**power} or {number * 1000**power}"
 
 
 def _unknown_key(key: str, schema: type = TrainConfig) -> str:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringspan.kernels.attention import refusal
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
 from ringspan.train import budget, checkpoint, manifest
@@ -349,10 +350,16 @@ class Trainer:
 
 
 def attention_of(config: TrainConfig, mesh: Mesh, device: torch.device) -> tuple[SequenceAttention, dict[str, str]]:
-    """Attention on this mesh, and what was picked for the longest rows. All ranks ask together; see `pick`."""
-    m, p, dtype = config.model, config.parallel, config.engine.resolve(device.type)
-    attend = SequenceAttention(mesh, p.layout.value, config.train.attention.value, strategy=p.strategy.value)
+    """Attention on this mesh, and what was picked for the longest rows: see `pick`, which all ranks ask together.
+
+    ValueError: train.attention cannot run here.
+    """
+    m, p, backend = config.model, config.parallel, config.train.attention.value
+    dtype = config.engine.resolve(device.type)
     query = torch.empty(1, 1, m.n_heads, m.head_dim, dtype=dtype, device=device)  # one like those it will see
+    if backend != "auto" and (why := refusal(backend, query, query, query)):
+        raise ValueError(f"train.attention={backend} cannot run here: {why}; use train.attention=auto")
+    attend = SequenceAttention(mesh, p.layout.value, backend, strategy=p.strategy.value)
     longest = max([config.seq_len, *(phase.seq_len for phase in config.phases)])
     return attend, attend.pick(query, kv_heads=m.n_kv_heads, seq_len=longest)
 

@@ -35,10 +35,18 @@ def signals() -> Iterator[Callable[[], bool]]:
 
 
 def resume_command(config: TrainConfig) -> str:
-    """The command that this process was started by, in the same folder again, whatever the run's name was made of."""
+    """The command that this process was started by, in the same folder again, whatever the run's name was made of.
+
+    Where ranks of several hosts met is not told to them: the user has to give that again, on each host.
+    """
     ours = {"name": config.name, "run_dir": config.run_dir}
     if {"-m", "--multirun"} & set(sys.argv):
         return f"the job's own values, without -m, and run_dir={shlex.quote(config.run_dir)}"
     kept = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in (*ours, "resume")]
-    start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if under_torchrun() else ["python"]
-    return shlex.join([*start, sys.argv[0], *kept, *(f"{name}={value}" for name, value in ours.items())])
+    where, start = "", ["python"]
+    if under_torchrun():
+        start = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+        if (hosts := int(os.environ["GROUP_WORLD_SIZE"])) > 1:
+            start.append(f"--nnodes={hosts}")
+            where = f"on each of the {hosts} hosts, with the --rdzv options that it had: "
+    return where + shlex.join([*start, sys.argv[0], *kept, *(f"{name}={value}" for name, value in ours.items())])
