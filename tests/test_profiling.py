@@ -17,7 +17,7 @@ from ringspan.parallel.parts import PREFIX, part, within
 from ringspan.train.config import TrainConfig
 from ringspan.train.loop import train
 from ringspan.train.profile_parts import PARTS
-from ringspan.train.profiling import Profile, Profiler, by_part, in_words, mean_of, winners
+from ringspan.train.profiling import KERNELS, Profile, Profiler, by_part, in_words, mean_of, winners
 
 SLOW = 0.05  # seconds
 
@@ -100,6 +100,43 @@ def test_on_a_gpu_kernels_are_of_the_range_that_launched_them_and_gaps_of_what_w
     assert microseconds(gpu_trace()) == (1000, expected)
 
 
+def named(trace, device):
+    """(name, part): (us, calls), the longest first."""
+    kernels = by_part({"traceEvents": trace}, device).kernels
+    return {(one["name"], one["part"]): (round(one["seconds"] * 1e6, 3), one["calls"]) for one in kernels}
+
+
+def test_kernels_are_told_by_name_and_part_the_longest_first():
+    assert named(gpu_trace(), "cuda") == {
+        ("block", "attention"): (200 + 100, 2),
+        ("ncclDevKernel_SendRecv", "ring"): (260, 1),
+        ("block", "mlp"): (200, 1),
+        ("block", "loss"): (40, 1),
+        ("ncclDevKernel_ReduceScatter", "gradients"): (40, 1),
+        ("block", "optimizer"): (40, 1),
+        ("Memcpy DtoD (Device -> Device)", "ring"): (40, 2),
+    }
+
+
+def test_an_operator_of_a_cpu_takes_what_those_that_it_calls_do_not():
+    trace = ranges(("step", 0, 100), ("mlp", 10, 60), ("loss", 60, 100))
+    operators = [("linear", 5, 50), ("mm", 20, 45), ("mm", 62, 70), ("mm", 72, 75), ("copy_", 46, 48)]
+    trace += [event("cpu_op", *one) for one in operators]
+    trace += [event("python_function", "step", 0, 100)]
+    assert list(named(trace, "cpu").items()) == [
+        (("mm", "mlp"), (25, 1)),
+        (("linear", "mlp"), (40 - 25 - 2, 1)),
+        (("mm", "loss"), (11, 2)),
+        (("linear", "other"), (5, 1)),  # before its part begins
+        (("copy_", "mlp"), (2, 1)),
+    ]
+
+
+def test_so_many_kernels_are_kept():
+    trace = ranges(("step", 0, 2000)) + [event("cpu_op", f"op{i}", 100 * i, 101 * i) for i in range(20)]
+    assert [name for name, _ in named(trace, "cpu")] == [f"op{i}" for i in range(19, 19 - KERNELS, -1)]
+
+
 def test_without_a_ring_nothing_waits_for_one():
     trace = ranges(("step", 0, 100), ("attention", 0, 10)) + kernel(1, 5, 60, 90)
     assert microseconds(trace) == (100, {"attention": 30, "idle": 70})
@@ -171,6 +208,8 @@ def assert_profiled(folder, steps):
             again = by_part(json.loads(gzip.decompress((folder / name).read_bytes())), "cpu")
             assert again._asdict() == one
             assert one["parts"]["attention"] > SLOW * rank  # how much less the other takes, a busy machine decides
+        assert told["kernels"] == told["ranks"][0]["kernels"]
+        assert any("ringspan::" in one["name"] or "mm" in one["name"] for one in told["kernels"])
         assert told["seconds"] == pytest.approx(sum(one["seconds"] for one in told["ranks"]) / 2)
 
 
@@ -188,9 +227,13 @@ def profile_nowhere(folder):
 
 
 def test_ranks_are_averaged_and_told_in_a_line():
-    ranks_ = [Profile(1.0, {"attention": 0.5, "ring": 0.5}), Profile(2.0, {"attention": 2.0, "ring": 0.0})]
+    first, second = [{"name": "mm", "part": "mlp", "seconds": 0.25, "calls": 2}], []
+    ranks_ = [
+        Profile(1.0, {"attention": 0.5, "ring": 0.5}, first),
+        Profile(2.0, {"attention": 2.0, "ring": 0.0}, second),
+    ]
     mean = mean_of(ranks_)
-    assert mean == Profile(1.5, {"attention": 1.25, "ring": 0.25})
+    assert mean == Profile(1.5, {"attention": 1.25, "ring": 0.25}, first)
     assert in_words(mean) == "1.500 s with the profiler: attention 83.3%, exposed ring 16.7%"
 
 
@@ -210,4 +253,5 @@ def test_on_a_gpu_a_real_step_adds_up_and_has_its_kernels(ranks, tmp_path):
     assert sum(told["parts"].values()) == pytest.approx(told["seconds"])
     assert all(told["parts"][name] > 0 for name in ("attention", "mlp", "loss", "optimizer", "idle"))
     assert told["parts"]["ring"] == 0
+    assert all(one["part"] in PARTS and one["seconds"] > 0 and one["calls"] > 0 for one in told["kernels"])
     assert (folder / "step-00000003-rank0.memory.pickle").stat().st_size > 1000

@@ -19,6 +19,7 @@ from ringspan.train.report_figures import SERIES, WIDE, smoothed, thinned
 from ringspan.train.report_runs import differences, expand, read_runs
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "report.py"
+KERNEL = f"void kernel<{'int, ' * 20}>"
 VOID = {"meta", "link", "br", "img", "path", "use", "rect"}
 
 
@@ -47,6 +48,7 @@ def make_run(
         line |= {"step": step, "tokens": 1000 * step, "train/loss": 6.0 - 4.0 * step / 100, "perf/mfu": mfu}
         line |= {"perf/tokens_per_second_per_gpu": 9.0 if step == first + 1 else 2000.0 + lr, "perf/step_seconds": 0.5}
         line |= {"perf/data_seconds": 0.01, "memory/peak_allocated_gib": 3.5, "memory/peak_reserved_gib": 4.25}
+        line |= {"memory/weights_gib": 1.5, "memory/activations_gib": 0.01 * step, "memory/gradients_gib": None}
         lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     if evaluations:
@@ -70,6 +72,7 @@ def make_run(
     if profile:
         (folder / "profile").mkdir()
         one = {"seconds": 0.5, "parts": {"attention": 0.2, "ring": 0.01, "mlp": 0.25, "other": 0.04}}
+        one["kernels"] = [{"name": KERNEL, "part": "mlp", "seconds": 0.125, "calls": 1234}]
         told = {"step": 5, "device": "cuda", **one, "ranks": [one, one]}
         (folder / "profile" / "step-00000005.json").write_text(json.dumps(told))
         (folder / "profile" / "step-00000005-rank0.trace.json.gz").write_bytes(b"for others to read")
@@ -131,7 +134,7 @@ def size_of(png):
     return struct.unpack(">II", head[16:24])
 
 
-ALL = {"loss", "throughput", "utilisation", "memory", "parts", "position", "length", "needles"}
+ALL = {"loss", "throughput", "utilisation", "memory", "memory_parts", "parts", "position", "length", "needles"}
 
 
 def test_one_run_is_told_whole(tmp_path, monkeypatch, capsys):
@@ -160,7 +163,10 @@ def test_one_run_is_told_whole(tmp_path, monkeypatch, capsys):
     assert "perplexity of the same text" in told["Perplexity by tokens seen at once"].lower()
     assert "12% at 64, 75% at 128 tokens" in told["Needles found"]
     assert [text for text in page.texts("text") if text.endswith("%")].count("100%") >= 4
+    assert told["Memory by part"].endswith("weights: 1.50 GiB; " + f"{folder.name}, activations: 1.00 GiB.")
+    assert f"{KERNEL[:69]}..." in page.texts("th")
     cells = page.texts("td")
+    assert {"0.1250", "1,234"} <= set(cells)
     assert {"0.2000", "40.0%", "0.5000", "a<b", "2.13.0"} <= set(cells)
 
 
@@ -295,9 +301,9 @@ def test_a_browser_shows_it(two, tmp_path):
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     page = Page(done.stdout)
-    assert len(page.labels()) == 8
+    assert len(page.labels()) == 9
     assert page.texts("h1") == ["2 runs"]
-    assert len([tag for tag, _, _ in page.found if tag == "svg"]) == 8
+    assert len([tag for tag, _, _ in page.found if tag == "svg"]) == 9
     drawn = (imread(shot)[..., :3] * 255).round().astype(int)
     assert drawn.shape == (2400, 1100, 3)
     for i in range(2):  # each run's lines, in the colour of the style sheet

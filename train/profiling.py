@@ -12,6 +12,7 @@ import gzip
 import heapq
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -30,12 +31,14 @@ HOST_WORKS = {"data", "optimizer"}  # parts in which the host computes itself, w
 LATENCY = 10.0  # us from a launch to its start on a device that has nothing else to do
 ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}  # categories of a trace, as are the next
 LAUNCHES = {"cuda_runtime", "cuda_driver"}
+KERNELS = 12  # that take longest, which are kept by name
 HISTORY = 200_000  # allocations and frees of a step that are remembered
 
 
 class Profile(NamedTuple):
     seconds: float  # of the step
     parts: dict[str, float]  # seconds, by PARTS; they add up to it
+    kernels: list[dict[str, Any]]  # name, part, seconds and calls of each of KERNELS; see `longest`
 
 
 class Profiler:
@@ -127,8 +130,9 @@ def keep(traced: torch.profiler.profile, path: Path) -> dict[str, Any]:
 
 
 def mean_of(ranks: Sequence[Profile]) -> Profile:
+    """Of their seconds; kernels are rank 0's."""
     parts = {name: sum(one.parts.get(name, 0.0) for one in ranks) / len(ranks) for name in ranks[0].parts}
-    return Profile(sum(one.seconds for one in ranks) / len(ranks), parts)
+    return Profile(sum(one.seconds for one in ranks) / len(ranks), parts, ranks[0].kernels)
 
 
 def in_words(profile: Profile) -> str:
@@ -144,6 +148,7 @@ class Activity(NamedTuple):
     launched: float
     part: str
     hidden: bool  # whether it counts only where nothing else runs: exchanges and copies
+    name: str
 
 
 def by_part(trace: dict[str, Any], device_type: str) -> Profile:
@@ -157,7 +162,28 @@ def by_part(trace: dict[str, Any], device_type: str) -> Profile:
     shares = device_shares(activities, host) if activities else host.shares(host.start, host.stop)
     for name, us in shares:
         seconds[name] += us / 1e6
-    return Profile((host.stop - host.start) / 1e6, seconds)
+    return Profile((host.stop - host.start) / 1e6, seconds, longest(events, host, activities))
+
+
+def longest(events: Sequence[dict[str, Any]], host: Host, activities: Sequence[Activity]) -> list[dict[str, Any]]:
+    """The KERNELS that take longest, by name and part; on a CPU operators, each without those that it calls."""
+    took: dict[tuple[str, str], float] = defaultdict(float)
+    calls: dict[tuple[str, str], set[float]] = defaultdict(set)  # by when they began
+    on_gpu = ((one.name, one.part, one.start, one.stop - one.start) for one in activities)
+    for name, where, start, us in on_gpu if activities else on_cpu(events, host):
+        took[name, where] += us
+        calls[name, where].add(start)
+    found = sorted(took.items(), key=lambda one: -one[1])[:KERNELS]
+    return [{"name": key[0], "part": key[1], "seconds": us / 1e6, "calls": len(calls[key])} for key, us in found]
+
+
+def on_cpu(events: Sequence[dict[str, Any]], host: Host) -> Iterator[tuple[str, str, float, float]]:
+    """(name, part, start, us) of operators: a moment is of the one that has begun last, as it is with parts."""
+    operators = [event for event in events if event.get("cat") == "cpu_op"]
+    told = winners([(one["ts"], one["ts"] + one["dur"], (-one["ts"], one["name"])) for one in operators])
+    for (a, key), (b, _) in pairwise(told):
+        if key is not None:
+            yield from ((key[1], where, -key[0], us) for where, us in host.shares(a, b))
 
 
 class Host:
@@ -210,7 +236,7 @@ def on_device(events: Sequence[dict[str, Any]], host: Host) -> Iterator[Activity
             name = "gradients"
         if start < stop:
             to_host = copy and "DtoD" not in event["name"]
-            yield Activity(start, stop, launched, name, exchange or to_host or name == "ring")
+            yield Activity(start, stop, launched, name, exchange or to_host or name == "ring", event["name"])
 
 
 def device_shares(activities: Sequence[Activity], host: Host) -> Iterator[tuple[str, float]]:

@@ -74,6 +74,7 @@ def pictures(runs: Sequence[Run]) -> Iterator[Picture]:
         ("throughput", "Throughput", throughput, NARROW),
         ("utilisation", "Utilisation", utilisation, NARROW),
         ("memory", "Memory", memory, NARROW),
+        ("memory_parts", "Memory by part", memory_by_part, NARROW),
         ("parts", "Time of a step by part", by_part, WIDE),
         ("position", "Loss by position in the document", by_position, NARROW),
         ("length", "Perplexity by tokens seen at once", by_length, NARROW),
@@ -180,6 +181,27 @@ def memory(figure: Figure, runs: Sequence[Run]) -> str:
     return finished(figure, said, "Peak memory in GiB, against tokens. ", legend=len(runs) > 1)
 
 
+def memory_by_part(figure: Figure, runs: Sequence[Run]) -> str:
+    """A picture a run, all to one scale; not stacked, as the parts are at their most at different moments."""
+    logged = dict.fromkeys(name for run in runs for line in run.metrics[-1:] for name in line)
+    names = [name for name in logged if name.startswith("memory/") and "peak" not in name]
+    points = {(i, name): finite(run.column("tokens"), run.column(name)) for i, run in enumerate(runs) for name in names}
+    names = [name for name in names if any(points[i, name][1].any() for i in range(len(runs)))]
+    if not names:
+        return ""
+    columns, rows, said = min(2, len(runs)), -(-len(runs) // 2), []
+    figure.set_size_inches(NARROW[0] * columns, NARROW[1] * rows)
+    for i, run in enumerate(runs):
+        title = f"{run.label}: " * (len(runs) > 1) + "GiB on rank 0"
+        axes = axes_of(figure, title, place=(rows, columns, i + 1))
+        axes.set_ylim(0, 1.05 * max(points[key][1].max(initial=0) for key in points))
+        for number, name in enumerate(names):
+            (x, y), part = points[i, name], name.removeprefix("memory/").removesuffix("_gib")
+            axes.plot(*thinned(x, y), color=colour(number), label=part)
+            said += [f"{run.label}, {part}: {y[-1]:.2f} GiB"] if len(y) else []
+    return finished(figure, said, "Memory in GiB by part, against tokens. ")
+
+
 def by_part(figure: Figure, runs: Sequence[Run]) -> str:
     bars = [(f"{run.label}, step {one['step']:,}", one) for run in runs for one in run.profiles]
     if not bars:
@@ -274,8 +296,10 @@ def needle_map(axes: Any, lengths: Sequence[str], table: Sequence[Sequence[float
     axes.spines[:].set_visible(False)
 
 
-def axes_of(figure: Figure, unit: str, x: str = "tokens", grid: str = "y") -> Any:
-    axes: Any = figure.add_subplot()
+def axes_of(
+    figure: Figure, unit: str, x: str = "tokens", grid: str = "y", place: tuple[int, int, int] = (1, 1, 1)
+) -> Any:
+    axes: Any = figure.add_subplot(*place)
     axes.grid(axis=grid)
     if x == "tokens":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -14,6 +14,7 @@ from ringspan.train.report_runs import Run, differences, flat
 from ringspan.train.report_style import CSS
 
 NOTHING = "&ndash;"
+NAME = 72  # characters of a kernel's name
 
 
 class Number(NamedTuple):
@@ -175,7 +176,24 @@ def profiles(runs: Sequence[Run], drawn: Sequence[Picture]) -> str:
     note = (
         "<p>Measured with the profiler, which makes a step take longer; a step without it is in the numbers above.</p>"
     )
-    return picture + table("Seconds of each part of a step", heads, rows + sums, groups=groups) + note
+    parts = table("Seconds of each part of a step", heads, rows + sums, groups=groups)
+    return picture + parts + note + "".join(kernels(label, one) for label, one in found if one.get("kernels"))
+
+
+def kernels(label: str, profile: dict[str, Any]) -> str:
+    """A table of those that took longest. Several run at once, so that they may take more than the step together."""
+    kind = "operators" if profile["device"] == "cpu" else "kernels"
+    heads = [f"longest {kind}<small>{escape(label)}, rank 0</small>", "part", "<small>s</small>", "calls"]
+    rows = [
+        [escape(shortened(one["name"])), PARTS[one["part"]], f"{one['seconds']:.4f}", f"{one['calls']:,}"]
+        for one in profile["kernels"]
+    ]
+    return table(f"The {kind} of {label} that took longest", heads, rows)
+
+
+def shortened(name: str) -> str:
+    """A template's name says all of its arguments."""
+    return name if len(name) <= NAME else f"{name[: NAME - 3]}..."
 
 
 def cells_of(part: str, found: Sequence[tuple[str, dict[str, Any]]]) -> Iterable[str]:

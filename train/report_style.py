@@ -33,6 +33,7 @@ figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: 17px; font-weight: 600; margin-bottom: 6px; }
 figure svg { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 28px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 th, td { padding: 7px 11px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
