@@ -246,7 +246,7 @@ def test_what_is_recorded_is_what_was_asked_for_and_what_runs(root, text, ranks)
 
 def test_a_backend_that_cannot_run_is_refused_and_never_replaced(root, text, ranks):
     config = job(root, "triton", text, steps=1, attention=Backend.triton)
-    assert "backend='triton' cannot run here" in ranks(1)(run, config)[0]
+    assert "train.attention=triton cannot run here" in ranks(1)(run, config)[0]
     assert not Path(config.run_dir, "metrics.jsonl").exists()
 
 
