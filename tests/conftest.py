@@ -18,7 +18,6 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ringspan-tests-")  # no 
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import Ranks
 
 LONG = ("test_launch.py", "test_faults.py", "test_parity.py")  # first: no process waits at the end for another's
@@ -38,14 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none here"))
-
-
-@pytest.fixture(autouse=True)
-def no_group_left() -> Iterator[None]:
-    """A command that fails leaves its process group for the process's end, and tests run several in one process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,11 @@
 """check=true: what it looks at, what it says, and that it leaves nothing behind."""
 
 import io
-import os
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from commands import exit_code
 from test_parity import job, write_texts
 
 from ringspan.parallel import workers
@@ -16,7 +14,6 @@ from ringspan.train import checkup
 from ringspan.train.data import DataConfig, prepare
 from ringspan.train.phases import Phase
 
-SCRIPT = str(Path(__file__).parents[1] / "launch" / "train.py")
 SHAPE = "model=tiny model.n_layers=1 model.dim=16 model.n_heads=2 model.n_kv_heads=1 model.head_dim=8 model.mlp_dim=16"
 
 
@@ -146,22 +143,10 @@ def test_the_command_prints_a_report_and_leaves_nothing_behind(asked, code, tmp_
     prepare(DataConfig(path=f"{tmp_path}/text.txt", cache=f"{tmp_path}/cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(workers, "gpus", lambda: 0)
-    for name in (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "HYDRA_FULL_ERROR",
-    ):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # to have them back
     data = [f"data.path={tmp_path}/text.txt", f"data.cache={tmp_path}/cache", asked]
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *SHAPE.split(), *data, "check=true", "seq_len=65", "name=x"])
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(SCRIPT, run_name="__main__")
+    left = exit_code("train.py", *SHAPE.split(), *data, "check=true", "seq_len=65", "name=x")
     out, err = capfd.readouterr()
-    assert leaving.value.code == code, err
+    assert left == code, err
     assert [line.split()[1] for line in out.splitlines()] == ["ok", "ok", *(["FAILED"] * 2 if code else ["ok"] * 2)]
     assert len(err.splitlines()) == code
     assert list((tmp_path / "runs").iterdir()) == []

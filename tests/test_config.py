@@ -1,14 +1,13 @@
 """Every file under conf/ composes, says what the dataclasses say, and every mistake is one line with a way out."""
 
 import re
-import runpy
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -83,15 +82,10 @@ def test_a_machine_without_a_gpu_starts_with_a_model_that_it_can_train():
 
 
 def script(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, gpus: int = 0) -> int:
-    """The exit code of `python launch/train.py ...`, in ``folder`` on a machine with ``gpus``; in this process."""
+    """The exit code of `python launch/train.py ...`, in ``folder`` on a machine with ``gpus``."""
     monkeypatch.setattr(workers, "gpus", lambda: gpus)
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "train.py"), *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    return exit_.value.code
+    return exit_code("train.py", *arguments)
 
 
 MISTAKES = {  # besides those that docs/troubleshooting.md shows, which test_troubleshooting.py makes

@@ -1,13 +1,12 @@
 """Generation: prompts through the ring, tokens from a sharded cache, against one model run over everything so far."""
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from commands import LAUNCH, exit_code
 from reference import attention_reference
 from test_parity import job, write_texts
 from torch import Tensor
@@ -25,8 +24,6 @@ from ringspan.train.model import GPT, ModelConfig
 from ringspan.train.phases import Phase
 from ringspan.train.pretrained import Pretrained, pick_tokenizer
 from ringspan.train.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
-
-ROOT = Path(__file__).parents[1]
 
 VOCABULARY = 61
 PROMPTS = [[5, 9, 2] * 13, [7], list(range(30))]
@@ -196,31 +193,23 @@ def train_in(config) -> None:
     train(config, config.run_dir)
 
 
-def here(monkeypatch, *arguments: str) -> int:
-    """The exit code of `python launch/generate.py ...`, in this process."""
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "generate.py"), "dtype=fp32", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    if dist.is_initialized():  # after a mistake the group is left alone, as the process ends
-        dist.destroy_process_group()
-    return exit_.value.code
+def generate_py(*arguments: str) -> int:
+    return exit_code("generate.py", "dtype=fp32", *arguments)
 
 
-def test_launched_from_a_run_and_from_hugging_face_on_one_process_and_on_two(run_dir, tmp_path, monkeypatch, capfd):
-    assert here(monkeypatch, f"checkpoint={run_dir}", "prompt=[one two]", "tokens=20") == 0
+def test_launched_from_a_run_and_from_hugging_face_on_one_process_and_on_two(run_dir, tmp_path, capfd):
+    assert generate_py(f"checkpoint={run_dir}", "prompt=[one two]", "tokens=20") == 0
     alone = capfd.readouterr()
     assert len(alone.out) > 10
     assert "7 tokens of prompt in" in alone.err
-    assert here(monkeypatch, f"checkpoint={run_dir}", "prompt=[x, one two]", "tokens=20") == 0
+    assert generate_py(f"checkpoint={run_dir}", "prompt=[x, one two]", "tokens=20") == 0
     assert "--- one two\n" + alone.out in capfd.readouterr().out
     export(checkpoints_in(str(run_dir))[0], tmp_path / "model", torch.float32)
     (tmp_path / "prompt.txt").write_text("one two")
     given = (
         f"checkpoint={tmp_path}/model prompt_file={tmp_path}/prompt.txt tokens=20 nproc=2 tokenizer=bytes dtype=fp32"
     )
-    command = [sys.executable, str(ROOT / "launch" / "generate.py"), *given.split()]
+    command = [sys.executable, str(LAUNCH / "generate.py"), *given.split()]
     two = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert two.returncode == 0, two.stderr
     assert two.stdout == alone.out
@@ -237,8 +226,8 @@ def test_launched_from_a_run_and_from_hugging_face_on_one_process_and_on_two(run
         (["checkpoint={run}", "prompt_file=nothing.txt"], "prompt_file=nothing.txt: cannot be read as text"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, run_dir, monkeypatch, capfd):
-    code = here(monkeypatch, *(argument.format(run=run_dir) for argument in arguments))
+def test_mistakes_are_one_line(arguments, message, run_dir, capfd):
+    code = generate_py(*(argument.format(run=run_dir) for argument in arguments))
     err = capfd.readouterr().err
     assert (code, len(err.splitlines())) == (1, 1), err
     assert message in err
@@ -249,7 +238,7 @@ def test_a_text_ends_where_its_document_does(run_dir, monkeypatch, capfd):
         yield from (torch.tensor(row) for row in ([65, 66], [256, 67], [68, 256], [69, 70]))
 
     monkeypatch.setattr("ringspan.train.generate.Generator", lambda *_: drawn)
-    assert here(monkeypatch, f"checkpoint={run_dir}", "prompt=[one, two]", "tokens=4") == 0
+    assert generate_py(f"checkpoint={run_dir}", "prompt=[one, two]", "tokens=4") == 0
     assert capfd.readouterr().out.endswith("--- one\nA\n--- two\nBC\n")
 
 

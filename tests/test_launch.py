@@ -1,8 +1,8 @@
 """The commands that users type, as real processes; and the launcher by itself, with workers that fail, die and hang."""
 
+import contextlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from commands import exit_code
 
 from ringspan.parallel import workers
 from ringspan.parallel.workers import WorkerError, launch, receive, run_on
@@ -123,18 +124,14 @@ def test_sigterm_saves_and_ends_a_sweep_that_goes_on_after_a_failed_job(here, sm
     assert told["run_dir"] == str(here / "sweeps" / "s" / "1")
 
 
-def under_torchrun(monkeypatch, here: Path, nodes: int, *arguments: str) -> tuple[int | str | None, dist.TCPStore]:
-    """As torchrun starts rank 0, of 2 ranks a node: in this process, with its store. The exit code."""
+def under_torchrun(here: Path, nodes: int, *arguments: str) -> tuple[int, dist.Store]:
+    """As torchrun starts rank 0, of 2 ranks a node: its exit code, and the store that all ranks have."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
     numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2 * nodes, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": store.port}
-    for name, value in {**torchrun, **numbers, "HYDRA_FULL_ERROR": ""}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.chdir(here)
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(SCRIPT, run_name="__main__")
-    return leaving.value.code, dist.PrefixStore("attempt-0", store)
+    place = torchrun | {name: str(number) for name, number in numbers.items()}
+    with contextlib.chdir(here), mock.patch.dict(os.environ, place):
+        return exit_code("train.py", *arguments), dist.PrefixStore("attempt-0", store)
 
 
 def test_a_sweep_under_torchrun_takes_its_number_of_processes_and_sends_the_other_ranks_home(
@@ -142,7 +139,7 @@ def test_a_sweep_under_torchrun_takes_its_number_of_processes_and_sends_the_othe
 ):
     started = []
     monkeypatch.setattr("ringspan.train.launcher.launch_all", lambda jobs, *_: started.extend(jobs))
-    code, store = under_torchrun(monkeypatch, here, 1, "-m", *small, "seq_len=0,33", "name=s")
+    code, store = under_torchrun(here, 1, "-m", *small, "seq_len=0,33", "name=s")
     assert code == 1
     assert receive(store) is None
     ((task, (config, folder), nproc, _),) = started
@@ -150,17 +147,17 @@ def test_a_sweep_under_torchrun_takes_its_number_of_processes_and_sends_the_othe
     assert "seq_len=0: must be 1 or more" in capfd.readouterr().err
 
 
-def test_a_sweep_under_torchrun_on_several_nodes_is_refused(here, small, monkeypatch):
-    code, store = under_torchrun(monkeypatch, here, 2, "-m", *small, "seq_len=65,33", "name=s")
-    assert "sweep under torchrun runs on one node" in str(code)
-    assert receive(store) is None
+def test_a_sweep_under_torchrun_on_several_nodes_is_refused(here, small, capfd):
+    code, store = under_torchrun(here, 2, "-m", *small, "seq_len=65,33", "name=s")
+    assert (code, receive(store)) == (1, None)
+    assert "sweep under torchrun runs on one node" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("ulysses", "warned"), [(2, False), (4, True)])
 def test_a_mesh_that_trades_heads_across_hosts_is_warned_of(ulysses, warned, here, small, monkeypatch, capfd):
     mesh = [f"parallel.ulysses={ulysses}", "model.n_heads=4"]
     monkeypatch.setattr("ringspan.parallel.workers.process_group", refuse)
-    under_torchrun(monkeypatch, here, 2, *small, *mesh, "name=x", "resume=none")
+    under_torchrun(here, 2, *small, *mesh, "name=x", "resume=none")
     err = capfd.readouterr().err
     assert ("parallel.ulysses=2 stays inside of hosts" in err) == warned
     assert "the group was asked for" in err
@@ -177,9 +174,9 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(here, small):
     assert done.stderr == f"train.py: run_dir: Not a directory ({here}/file/run); give a folder that can be written\n"
 
 
-def test_a_mistake_under_torchrun_is_told_once(here, small, monkeypatch, capfd):
+def test_a_mistake_under_torchrun_is_told_once(here, small, capfd):
     """By rank 0, which sends the others home."""
-    code, store = under_torchrun(monkeypatch, here, 1, *small, "parallel.ring=3")
+    code, store = under_torchrun(here, 1, *small, "parallel.ring=3")
     assert (code, receive(store)) == (1, None)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("train.py: parallel: ring=3")

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import runpy
-import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from commands import exit_code
 from omegaconf import OmegaConf
 from test_parity import job, write_texts
 
@@ -239,21 +237,9 @@ def train_in(config) -> None:
     train(config, config.run_dir)
 
 
-def here(monkeypatch, folder: Path, *arguments: str) -> int:
-    """The exit code of `python launch/evaluate.py ...`, in this process."""
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "evaluate.py"), "rows=2", *arguments])
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    if dist.is_initialized():  # after a mistake the group is left alone, as the process ends
-        dist.destroy_process_group()
-    return leaving.value.code
-
-
 def test_a_run_is_measured_on_what_it_has_held_out(run_dir, monkeypatch, tmp_path, capfd):
-    assert here(monkeypatch, tmp_path, f"checkpoint={run_dir}") == 0
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("evaluate.py", "rows=2", f"checkpoint={run_dir}") == 0
     out, err = capfd.readouterr()
     (folder,) = (tmp_path / "evaluations").iterdir()
     assert {path.name for path in folder.iterdir()} == {
@@ -292,7 +278,8 @@ def test_a_run_is_measured_on_what_it_has_held_out(run_dir, monkeypatch, tmp_pat
 )
 def test_mistakes_are_one_line(arguments, message, run_dir, llama, books, monkeypatch, tmp_path, capfd):
     given = [argument.format(run=run_dir, llama=llama, books=books) for argument in arguments]
-    code = here(monkeypatch, tmp_path, *given)
+    monkeypatch.chdir(tmp_path)
+    code = exit_code("evaluate.py", "rows=2", *given)
     err = capfd.readouterr().err
     assert (code, len(err.splitlines())) == (1, 1), err
     assert message in err

@@ -2,23 +2,20 @@
 
 import json
 import re
-import runpy
 import shutil
 import struct
 import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import exit_code
 from matplotlib.image import imread
 
 from ringspan.train.metrics import METRICS
 from ringspan.train.report_figures import SERIES, WIDE, smoothed, thinned
 from ringspan.train.report_runs import differences, expand, read_runs
 
-SCRIPT = Path(__file__).parents[1] / "launch" / "report.py"
 KERNEL = f"void kernel<{'int, ' * 20}>"
 VOID = {"meta", "link", "br", "img", "path", "use", "rect"}
 
@@ -79,14 +76,6 @@ def make_run(
     return folder
 
 
-def report(monkeypatch, *arguments):
-    """The exit code of `python launch/report.py ...`, in this process."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return leaving.value.code
-
-
 class Page(HTMLParser):
     """Text of the elements, by tag; every tag that is opened is closed, in order."""
 
@@ -137,9 +126,9 @@ def size_of(png):
 ALL = {"loss", "throughput", "utilisation", "memory", "memory_parts", "parts", "position", "length", "needles"}
 
 
-def test_one_run_is_told_whole(tmp_path, monkeypatch, capsys):
+def test_one_run_is_told_whole(tmp_path, capsys):
     folder = make_run(tmp_path / "first $x$ <b>")
-    assert report(monkeypatch, folder) == 0
+    assert exit_code("report.py", folder) == 0
     out = folder / "report"
     assert capsys.readouterr().out.strip() == str(out / "index.html")
     assert {path.name for path in out.iterdir()} == {"index.html", *(f"{name}.png" for name in ALL)}
@@ -176,8 +165,7 @@ def two(tmp_path_factory):
     root = tmp_path_factory.mktemp("two")
     first = make_run(root / "a" / "same", evaluations=False, profile=False)
     second = make_run(root / "b" / "same", lr=500.0, steps=200, done=150, mfu=None, resumed="x/step-00000040")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assert report(monkeypatch, first, second, "--out", root / "out") == 0
+    assert exit_code("report.py", first, second, "--out", root / "out") == 0
     return first, second, root / "out"
 
 
@@ -201,10 +189,10 @@ def test_runs_are_compared(two):
     assert f"{second}: utilisation is not known" in hints
 
 
-def test_a_run_that_has_just_begun_and_one_that_is_being_written(tmp_path, monkeypatch):
+def test_a_run_that_has_just_begun_and_one_that_is_being_written(tmp_path):
     begun = make_run(tmp_path / "begun", done=0, evaluations=False, profile=False)
     (begun / "metrics.jsonl").unlink()
-    assert report(monkeypatch, begun) == 0
+    assert exit_code("report.py", begun) == 0
     page = opened(begun / "report")
     assert "started, no step of 100 logged yet" in " ".join(page.texts("p"))
     assert page.labels() == {}
@@ -218,7 +206,7 @@ def test_a_run_that_has_just_begun_and_one_that_is_being_written(tmp_path, monke
             file.write(json.dumps({"step": step, "tokens": step, "train/loss": loss}) + "\n")
     (run,) = read_runs([writing])
     assert [(line["step"], line["train/loss"]) for line in run.metrics] == [(1, 5.0), (2, 4.5), (3, 4.0)]
-    assert report(monkeypatch, writing) == 0
+    assert exit_code("report.py", writing) == 0
 
 
 def test_the_jobs_of_a_sweep_are_its_runs(tmp_path):
@@ -267,7 +255,7 @@ def mistakes(tmp_path_factory):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_told_in_one_line(mistake, mistakes, monkeypatch, capsys):
     monkeypatch.chdir(mistakes)
-    assert report(monkeypatch, mistake, "--out", "never") == 1
+    assert exit_code("report.py", mistake, "--out", "never") == 1
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()

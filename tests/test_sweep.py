@@ -6,15 +6,14 @@ Training itself is a stand-in here, which writes the log of a run; test_launch.p
 import csv
 import json
 import os
-import runpy
 import signal
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from commands import exit_code
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -26,7 +25,6 @@ from ringspan.train import sweep
 from ringspan.train.launcher import refuse_code
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = str(ROOT / "launch" / "train.py")
 
 
 class StandIn:
@@ -171,7 +169,7 @@ def learn(config, run_dir: str) -> float:
 
 @pytest.fixture
 def train_py(tmp_path, monkeypatch, crews):
-    """`python launch/train.py ...` in this process, on a machine with 8 GPUs; gives its exit code."""
+    """`python launch/train.py ...` on a machine with 8 GPUs; gives its exit code."""
     (tmp_path / "text.txt").write_text("some text\n" * 100)
     monkeypatch.setattr("ringspan.train.loop.train", learn)
     monkeypatch.chdir(tmp_path)
@@ -180,12 +178,8 @@ def train_py(tmp_path, monkeypatch, crews):
     def run(*arguments: str, gpus: int = 8) -> int:
         monkeypatch.setattr(workers, "gpus", lambda: gpus)
         monkeypatch.setattr(ours, "gpus", lambda: gpus)
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments, "data.path=text.txt", f"data.cache={tmp_path}/cache"])
-        with pytest.raises(SystemExit) as leaving:
-            runpy.run_path(SCRIPT, run_name="__main__")
-        return leaving.value.code
+        return exit_code("train.py", *arguments, "data.path=text.txt", f"data.cache={tmp_path}/cache")
 
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     return run
 
 

@@ -1,16 +1,12 @@
 """docs/troubleshooting.md tells the truth: each mistake that it shows ends in the line that it shows."""
 
 import ast
-import os
-import runpy
 import shlex
-import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
+from commands import exit_code
 from test_docs import ROOT, blocks
 
 from ringspan.kernels import sdpa
@@ -44,17 +40,8 @@ def said(command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
     gpus = 0 if words[0] == "CUDA_VISIBLE_DEVICES=" else GPUS
     _, script, *arguments = words[words.index("python") :]
     monkeypatch.setattr(workers, "gpus", lambda: gpus)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
-    with mock.patch.dict(os.environ), pytest.raises(SystemExit) as leaving:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    if dist.is_initialized():  # what fails leaves the group alone, for the process to end
-        dist.destroy_process_group()
-    out, err = capfd.readouterr()
-    code = leaving.value.code
-    if isinstance(code, str):  # for the interpreter to print
-        code, err = 1, err + code
-    return int(code or 0), (out + err).splitlines()
+    code = exit_code(script.removeprefix("launch/"), *arguments)
+    return code, "".join(capfd.readouterr()).splitlines()
 
 
 def test_there_are_mistakes_enough():
