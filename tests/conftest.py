@@ -20,8 +20,6 @@ import pytest
 import torch
 from ranks import Ranks
 
-LONG = ("test_launch.py", "test_faults.py", "test_parity.py")  # first: no process waits at the end for another's
-
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for one, and says so on each rank
 
@@ -31,7 +29,6 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     for item in items:
