@@ -317,7 +317,8 @@ def _write(acc, top, total, tile, LSE, n_queries, slot, out_desc, out, old_full,
         mbarrier.wait(old_full, slot & 1)
         acc = out.load(acc.type.layout) * kept[:, None] + acc * gl.convert_layout(share, o_rows)[:, None]
         if out_desc.dtype != gl.float32:
-            out = reinterpret(out, out_desc.dtype, [ROWS, D], gl.NVMMASharedLayout(128, 16, rank=2))
+            # Triton 3.8 takes no view of half the memory: both halves, and the first of them
+            out = reinterpret(out, out_desc.dtype, [2, ROWS, D], gl.NVMMASharedLayout(128, 16, rank=2)).index(0)
     else:
         acc = acc * gl.convert_layout(share, o_rows)[:, None]
         gl.store(lse_at, lse, mask=inside)
