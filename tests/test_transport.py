@@ -4,8 +4,10 @@ import os
 import random
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from ranks import START_SECONDS
 from torch import Tensor
 
 from ringspan.kernels.spans import Spans
+from ringspan.parallel import ring
 from ringspan.parallel.layout import Layout
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.ring import ring_attention
 from ringspan.parallel.ring_plan import RingPlan, plan_ring
+from ringspan.parallel.streams import Streams, side_by_side
 from ringspan.parallel.transport import TRANSPORTS, Lane, pick_transport
 from ringspan.parallel.watchdog import Watchdog, time_out
 
@@ -162,6 +166,24 @@ def test_the_watchdog_times_what_has_begun_and_nothing_else():
     dog.watch(Flag(True), Flag(False), 0.05, lambda: "lost")
     time.sleep(0.3)
     assert heard == ["lost"]
+
+
+def streams_of_a_pass(length: int) -> list[int]:
+    """On how many streams the shares of the heads take turns, forward and backward."""
+    group, asked = dist.group.WORLD, []
+
+    def recording(device: torch.device, n: int) -> AbstractContextManager[Streams]:
+        asked.append(n)
+        return side_by_side(device, n)
+
+    with mock.patch.object(ring, "side_by_side", recording), mock.patch.object(ring, "LONG_ROWS", 32):
+        there_and_back(*make(length, group, 0), group)
+    return asked
+
+
+def test_long_blocks_run_one_by_one(ranks):
+    assert ranks(2)(streams_of_a_pass, 63) == [[1, 1]] * 2  # padded to 32 rows a rank
+    assert ranks(2)(streams_of_a_pass, 60) == [[2, 2]] * 2
 
 
 def lanes_of_a_pass(length: int) -> set[Lane]:
