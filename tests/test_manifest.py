@@ -164,6 +164,7 @@ def changed(**parts):
     [
         ({"vocab_size": 384}, "vocabulary was 320 and is 384"),
         ({"data": "d2"}, r"data \(digest of its tokens\) was d1 and is d2"),
+        ({"config": changed(optim={"name": "muon"})}, "optim.name was adamw and is muon"),
         (
             {"config": changed(model={"dim": 16, "qk_norm": False})},
             "model.dim was 8 and is 16, model.qk_norm was True and",

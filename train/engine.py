@@ -22,7 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringspan.parallel.parts import within
-from ringspan.train.optim import OptimConfig, adamw
+from ringspan.train.model import GPT
+from ringspan.train.muon import Muon
+from ringspan.train.optim import OptimConfig, optimizer_of
 from ringspan.train.state import State
 
 
@@ -65,7 +67,7 @@ class Engine:
 
     def __init__(
         self,
-        build: Callable[[torch.device, torch.dtype], nn.Module],
+        build: Callable[[torch.device, torch.dtype], GPT],
         config: EngineConfig,
         optim: OptimConfig,
         accumulation: int,
@@ -88,12 +90,15 @@ class Engine:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = max(
             shape.numel() for shape in shapes if len(shape) < 2
         )
-        optimizer = adamw(model.parameters(), optim)
+        optimizer = optimizer_of(model, optim, device)
         with redirect_stdout(io.StringIO()):  # one of its optimizers prints how much memory there is, eight times
             self.deepspeed: Any = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )[0]
-        self.state = State(self.deepspeed, config.zero)
+        muon = optimizer if isinstance(optimizer, Muon) else None
+        self.state = State(self.deepspeed, config.zero, muon.matrices if muon else ())
+        if muon:
+            muon.place(self.state.runs, self.state.flats())
 
     @property
     def model(self) -> nn.Module:
@@ -202,6 +207,8 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     # Its Muon, which is not used here, asks for torch.compile when it is imported: Inductor then loads, for 2 s a rank.
     compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     compiler.compile = lambda: lambda function: function
+    # To it an optimizer of a class that it does not know is worth a warning in every run
+    deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
     # On a CPU DeepSpeed would build a C++ all-reduce for inference with g++, for a minute, and never use it here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

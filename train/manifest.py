@@ -25,7 +25,8 @@ NAME = re.compile(r"step-\d{8,}")
 FILE = re.compile(r"rank-\d{5,}\.safetensors")
 MANIFEST = "manifest.json"
 # Of the configuration, what decides what a weight or a row is. All else may change from one start to the next.
-FIXED = ("model",)
+FIXED = ("model", "optim.name")
+OLDER = {"optim.name": "adamw", "optim.momentum": 0.95}  # what those that do not say have had
 # What may change without a word: where and how long a run goes on, not what it computes
 FREE = ("name", "run_dir", "resume", "nproc", "logger", "steps", "check", "profile")
 
@@ -149,9 +150,9 @@ def require_same(saved: Saved, run: Saved, path: Path) -> list[str]:
 
     ValueError: it is another model or other data; all differences are told.
     """
-    was, now = _flat(saved.config), _flat(run.config)
+    was, now = OLDER | _flat(saved.config), OLDER | _flat(run.config)
     changes = {key: (was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)}
-    wrong = {key: pair for key, pair in changes.items() if key.split(".")[0] in FIXED}
+    wrong = {key: pair for key, pair in changes.items() if key in FIXED or key.split(".")[0] in FIXED}
     if saved.vocab_size != run.vocab_size:
         wrong["vocabulary"] = saved.vocab_size, run.vocab_size
     if saved.data != run.data:

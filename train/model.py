@@ -6,7 +6,7 @@ says what they may attend to. So the same model runs on one device and on any me
 Shapes: B rows, S tokens of this rank, H query heads, K key-value heads, D head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,15 @@ class ModelConfig:
         factor = max(1.0, seq_len / self.rope_trained) if self.rope_trained else 1.0
         return Rope(self.head_dim, base or self.rope_base, self.rope_scaling, factor, self.rope_trained)
 
+    def layer_matrices(self) -> list[tuple[int, int]]:
+        """(n_out, n_in) of a layer's matrix products: queries, keys, values, out; gate, value, out."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        attention = [(q, self.dim), (kv, self.dim), (kv, self.dim), (self.dim, q)]
+        return [*attention, (self.mlp_dim, self.dim), (self.mlp_dim, self.dim), (self.dim, self.mlp_dim)]
+
     def matmul_parameters(self, vocab_size: int) -> int:
         """Parameters in matrix products, the head's included; looking up an embedding multiplies nothing."""
-        heads = (2 * self.n_heads + 2 * self.n_kv_heads) * self.head_dim  # query, key, value and output projections
-        return self.n_layers * self.dim * (heads + 3 * self.mlp_dim) + vocab_size * self.dim
+        return self.n_layers * sum(n * m for n, m in self.layer_matrices()) + vocab_size * self.dim
 
     def parameters(self, vocab_size: int) -> int:
         """All but the norms', which are a thousandth of them."""
@@ -109,11 +114,12 @@ class Weights:
 
 
 class Matrix(nn.Module):
-    """The weight of a matrix product, (n_out, n_in)."""
+    """The weight of a matrix product, (n_out, n_in), or of several of the same input: ``n_out`` has each one's."""
 
-    def __init__(self, n_in: int, n_out: int, weights: Weights, scale: float = 1.0) -> None:
+    def __init__(self, n_in: int, n_out: Sequence[int], weights: Weights, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = weights.normal(n_out, n_in, scale * n_in**-0.5)
+        self.shapes = [(n, n_in) for n in n_out]
+        self.weight = weights.normal(sum(n_out), n_in, scale * n_in**-0.5)
 
 
 class Norm(nn.Module):
@@ -130,9 +136,9 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()
-        heads = config.n_heads + 2 * config.n_kv_heads
-        self.qkv = Matrix(config.dim, heads * config.head_dim, weights)
-        self.out = Matrix(config.n_heads * config.head_dim, config.dim, weights, scale=residual_scale(config))
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.qkv = Matrix(config.dim, (q, kv, kv), weights)
+        self.out = Matrix(q, (config.dim,), weights, scale=residual_scale(config))
         self.q_norm = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config.norm_eps, weights) if config.qk_norm else None
 
@@ -140,8 +146,8 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         super().__init__()
-        self.gate_and_value = Matrix(config.dim, 2 * config.mlp_dim, weights)
-        self.out = Matrix(config.mlp_dim, config.dim, weights, scale=residual_scale(config))
+        self.gate_and_value = Matrix(config.dim, (config.mlp_dim, config.mlp_dim), weights)
+        self.out = Matrix(config.mlp_dim, (config.dim,), weights, scale=residual_scale(config))
 
 
 class Layer(nn.Module):
@@ -223,6 +229,10 @@ class GPT(nn.Module):
         self.norm = Norm(config.dim, config.norm_eps, weights)
         head = self.embedding.weight if tied else weights.normal(vocab_size, config.dim, HEAD_STD)
         self.head = Head(head, z_loss)
+
+    def matrices(self) -> dict[str, list[tuple[int, int]]]:
+        """(n_out, n_in) of each matrix product that a parameter holds, by its name: those of the layers."""
+        return {f"{name}.weight": one.shapes for name, one in self.named_modules() if isinstance(one, Matrix)}
 
     def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Any, each: bool = False) -> Any:
         """Sum of this rank's token losses, an fp32 scalar (fp64 for fp64); with ``each``, what `token_losses` gives.

@@ -4,7 +4,7 @@ At every ZeRO stage a rank's optimizer updates flat fp32 tensors that hold runs 
 parameter's name and its first element in it, so what one mesh or stage has written any other can read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 MASTER = "master"  # the fp32 weights; every other kind is named as the optimizer's state names it
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MOMENTUM = "momentum_buffer"  # of Muon
 
 
 class Run(NamedTuple):
@@ -34,10 +36,10 @@ class Source(Protocol):
 
 
 class State:
-    """The optimizer's state of a DeepSpeed engine, and its way back."""
+    """The optimizer's state of a DeepSpeed engine, and its way back. ``muon`` names the parameters that Muon moves."""
 
-    def __init__(self, engine: Any, zero: int) -> None:
-        self.engine, self.zero = engine, zero
+    def __init__(self, engine: Any, zero: int, muon: Collection[str] = ()) -> None:
+        self.engine, self.zero, self.muon = engine, zero, muon
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())  # DeepSpeed adds attributes
         self.runs = list(self._runs())
 
@@ -55,10 +57,10 @@ class State:
                     flat = self.engine.optimizer.fp32_partitioned_groups_flat[group]
                     yield Run(name, start, min(start + size, p.ds_numel), flat, at)
             elif (part := p._hp_mapping) is not None:
-                start, flat = part.lp_fragment_address.start, self._flats()[part.param_group_index]
+                start, flat = part.lp_fragment_address.start, self.flats()[part.param_group_index]
                 yield Run(name, start, start + part.lp_fragment_address.numel, flat, part.hp_fragment_address.start)
 
-    def _flats(self) -> list[Tensor]:
+    def flats(self) -> list[Tensor]:
         """All tensors that this rank's optimizer updates."""
         if self.zero == 0:
             return list(self.parameters.values())
@@ -88,20 +90,21 @@ class State:
 
     def scalars(self) -> dict[str, float]:
         """What the optimizer keeps once for all elements: how often it has updated."""
-        states = self.optimizer.state[self._flats()[0]]
-        return {kind: float(x) for kind, x in states.items() if not _is_like(x, self._flats()[0])}
+        states = self.optimizer.state[self.flats()[0]]
+        return {kind: float(x) for kind, x in states.items() if not _is_like(x, self.flats()[0])}
 
     def restore(self, source: Source, kinds: Iterable[str], scalars: Mapping[str, float]) -> None:
         """Take from ``source`` what this rank updates. Without ``kinds`` the weights alone; all ranks together."""
-        kinds = [kind for kind in kinds if kind != MASTER]
-        for flat in self._flats() if kinds else []:
-            state = self.optimizer.state[flat]
-            state.update({kind: torch.zeros_like(flat, requires_grad=False) for kind in kinds})
-            state.update({kind: self._scalar(value, flat) for kind, value in scalars.items()})
+        moments = any(kind != MASTER for kind in kinds)
         for run in self.runs:
             run.of(run.flat).copy_(source.read(MASTER, run.name, run.start, run.stop))
-            for kind in kinds:
-                run.of(self.optimizer.state[run.flat][kind]).copy_(source.read(kind, run.name, run.start, run.stop))
+            state, by_muon = self.optimizer.state[run.flat], run.name in self.muon
+            if moments and not by_muon:
+                state.update({kind: self._scalar(value, run.flat) for kind, value in scalars.items()})
+            for kind in ((MOMENTUM,) if by_muon else MOMENTS) if moments else ():
+                if kind not in state:
+                    state[kind] = torch.zeros_like(run.flat, requires_grad=False)
+                run.of(state[kind]).copy_(source.read(kind, run.name, run.start, run.stop))
         self._spread()
 
     def _scalar(self, value: float, flat: Tensor) -> Tensor:
