@@ -33,8 +33,10 @@ from ringspan.train.budget import (
 )
 from ringspan.train.duration import step_seconds
 from ringspan.train.engine import Engine
-from ringspan.train.memory import gpu_bytes, gradient_bytes, host_bytes, kept_bytes, moments, state_bytes
+from ringspan.train.memory import gpu_bytes, gradient_bytes, host_bytes, kept_bytes, moments, muon_bytes, state_bytes
 from ringspan.train.model import GPT, ModelConfig
+from ringspan.train.muon import orthogonal
+from ringspan.train.optim import OptimConfig, Optimizer
 
 ATTENTION, ALL = Activations.recompute_keep_attention, Activations.recompute
 SMALL = ModelConfig(dim=128, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=32, mlp_dim=352)
@@ -122,6 +124,34 @@ def test_states_and_gradients_by_hand():
     assert gradient_bytes(a_job(accumulation=2))[0] == 6 * n
     offloaded = a_job(offload_optimizer=True, data=2, policy=Policy(offload=Offload.cpu))
     assert host_bytes(offloaded) == {"activations": kept_bytes(offloaded), "optimizer": 9 * n, "parameters": 0}
+
+
+def test_muon_keeps_one_moment_and_its_products_take_time():
+    hidden = 5 * 128 * (12 * 32 + 3 * 352)
+    adamw, muon = (a_job(data=2, muon=wanted) for wanted in (False, True))
+    assert state_bytes(adamw)["optimizer"] - state_bytes(muon)["optimizer"] == 4 * hidden / 2
+    assert state_bytes(a_job(muon=True, zero=0, element=4))["optimizer"] == 8 * adamw.parameters - 4 * hidden
+    away = [host_bytes(replace(job, offload_optimizer=True))["optimizer"] for job in (adamw, muon)]
+    assert away[0] - away[1] == 4 * hidden / 2
+    large = a_job(LARGE, 128_256, muon=True)
+    n, seconds = large.layer_parameters * 32, step_seconds(large, H100)["update"]
+    without = step_seconds(replace(large, muon=False), H100)["update"]
+    # Queries and out; keys and values; gate, value and out: in each iteration two products with the matrix, one without
+    flops = 32 * 10 * (2 * 3 * 4096**3 + 2 * (2 * 1024**2 * 4096 + 1024**3) + 3 * (2 * 4096**2 * 14336 + 4096**3))
+    assert seconds - without == pytest.approx(flops / 650e12 + 16 * n / 2.6e12)
+    shared = [step_seconds(replace(large, data=8, zero=zero), H100)["update"] for zero in (1, 3)]
+    assert shared[0] == pytest.approx(seconds / 8)
+    assert shared[1] - shared[0] == pytest.approx(4 * n / 8 / 364e9)
+
+
+def test_predicts_what_making_a_matrix_orthogonal_allocates():
+    momentum = torch.randn(352, 128)
+    with Live([momentum]) as live:
+        orthogonal(momentum)
+    expected = muon_bytes(a_job(muon=True, element=4)) - 4 * momentum.numel()
+    assert live.most == pytest.approx(expected, rel=0.01)
+    assert gpu_bytes(a_job(LARGE, seq_len=8, muon=True))["muon"] > 4 * 4096 * 14336
+    assert muon_bytes(a_job(muon=True, zero=3, data=2)) - muon_bytes(a_job(muon=True)) == 2 * 128 * 352
 
 
 def test_memory_grows_with_length_and_no_faster():
@@ -265,3 +295,5 @@ def test_a_job_is_what_the_configuration_says(tmp_path):
     assert (job.data, job.ring, job.ulysses, job.vocab_size) == (*sizes, 512)
     assert job.tokens == config.train.micro_batch * -(-config.seq_len // (job.ring * job.ulysses))
     assert job.policy == config.train.policy("cuda")
+    assert not job.muon
+    assert job_of(replace(config, optim=OptimConfig(name=Optimizer.muon)), 4, 512).muon

@@ -25,6 +25,7 @@ from ringspan.train.duration import step_seconds
 from ringspan.train.memory import gpu_bytes, host_bytes
 from ringspan.train.metrics import GIB, flops_per_step, peak_of
 from ringspan.train.model import ModelConfig
+from ringspan.train.optim import Optimizer
 
 if TYPE_CHECKING:
     from ringspan.train.config import TrainConfig
@@ -88,6 +89,7 @@ class Job:
     policy: Policy
     offload_optimizer: bool
     offload_parameters: bool
+    muon: bool = False  # moves the matrices of the layers
     document: int = 0  # tokens of a document that sees itself alone; 0: rows are whole
 
     @property
@@ -112,6 +114,11 @@ class Job:
     def layer_parameters(self) -> float:
         m = self.model
         return (m.matmul_parameters(self.vocab_size) - self.vocab_size * m.dim) / m.n_layers
+
+    @property
+    def by_muon(self) -> float:
+        """Parameters that Muon moves."""
+        return self.muon * self.layer_parameters * self.model.n_layers
 
 
 class Budget(NamedTuple):
@@ -179,6 +186,7 @@ def job_of(config: TrainConfig, world: int, vocab_size: int, device_type: str = 
         policy=config.train.policy(device_type),
         offload_optimizer=config.engine.offload_optimizer,
         offload_parameters=config.engine.offload_parameters,
+        muon=config.optim.name is Optimizer.muon,
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ringspan.train.activations import Activations, Offload
 from ringspan.train.memory import kept_bytes
+from ringspan.train.muon import ITERATIONS
 
 if TYPE_CHECKING:
     from ringspan.train.budget import Job, Machine
@@ -90,9 +91,24 @@ def gradient_seconds(job: Job, machine: Machine) -> float:
 
 def update_seconds(job: Job, machine: Machine) -> float:
     """AdamW reads and writes three fp32 numbers a parameter; beside them gradients are flattened, widened and read."""
-    share = job.parameters / (job.world if job.zero else 1)
+    ranks = job.world if job.zero else 1
+    share = job.parameters / ranks
+    moved = share * 24 + job.by_muon / ranks * 16  # Muon goes over weights and momentum twice
     if job.offload_optimizer:  # gradients down, parameters up
-        return share * (24 + 8 + 2 * job.element) / (machine.host_gb_s * 1e9) + 2 * job.element * share / (
-            machine.copy_gb_s * 1e9
-        )
-    return share * (24 + 12 + 5 * job.element) / (machine.memory_gb_s * 1e9)
+        host = (moved + share * (8 + 2 * job.element)) / (machine.host_gb_s * 1e9)
+        return host + 2 * job.element * share / (machine.copy_gb_s * 1e9) + muon_seconds(job, machine)
+    return (moved + share * (12 + 5 * job.element)) / (machine.memory_gb_s * 1e9) + muon_seconds(job, machine)
+
+
+def muon_seconds(job: Job, machine: Machine) -> float:
+    """Products that make matrices orthogonal, which ranks share; parts go to the rank that does it, and come back."""
+    if not job.muon:
+        return 0.0
+    ranks = job.world if job.zero else 1
+    sides = [(min(shape), max(shape)) for shape in job.model.layer_matrices()]
+    flops = 2 * ITERATIONS * job.model.n_layers * sum(2 * n * n * m + n**3 for n, m in sides)
+    there_and_back = 2 * job.element * job.by_muon / ranks
+    wire = (machine.wire_gb_s if job.world <= machine.gpus else machine.network_gb_s) * 1e9
+    seconds = flops / ranks / (machine.matrix_tflops * 1e12)
+    seconds += there_and_back / wire if job.zero == 3 and job.world > 1 else 0.0
+    return seconds + (there_and_back / (machine.copy_gb_s * 1e9) if job.offload_optimizer else 0.0)

@@ -41,7 +41,7 @@ def moments(job: Job) -> dict[str, Parts]:
         "last layer": {**always, "activations": on_gpu + segment, **layer, "gradients": min(gradients, head)},
         "first layer": {**always, "activations": min(on_gpu, kept / layers), **layer, "gradients": gradients},
         "reduction": {**always, "gradients": gradients + reducing},
-        "update": {**always, "gradients": updating},
+        "update": {**always, "gradients": updating, "muon": muon_bytes(job)},
     }
 
 
@@ -52,8 +52,9 @@ def state_bytes(job: Job) -> Parts:
     if job.zero == 3:  # gathered for a layer at a time, and some ahead
         gathered = min(n, PREFETCH + max(job.layer_parameters, job.vocab_size * job.model.dim))
         parameters = job.element * gathered + (0 if job.offload_parameters else job.element * share)
-    # Two moments and an fp32 copy; in fp32 without ZeRO the parameters are that copy
+    # Two moments, of Muon one, and an fp32 copy; in fp32 without ZeRO the parameters are that copy
     optimizer = 12 * share if job.zero else (8 if job.element == 4 else 12) * n
+    optimizer -= 4 * job.by_muon / (job.world if job.zero else 1)
     return {"parameters": parameters, "optimizer": 0.0 if job.offload_optimizer else optimizer}
 
 
@@ -71,6 +72,15 @@ def gradient_bytes(job: Job) -> tuple[float, float, float]:
     if job.offload_optimizer:  # they leave for the host as they are reduced
         gradients = updating = float(job.element * max(job.layer_parameters, job.vocab_size * job.model.dim))
     return (gradients, bucket, updating) if job.zero == 1 else (gradients + bucket, 0.0, updating)
+
+
+def muon_bytes(job: Job) -> float:
+    """What the largest matrix of a layer takes while it is made orthogonal, with parts of others on their way."""
+    if not job.muon:
+        return 0.0
+    rows, columns = max(job.model.layer_matrices(), key=lambda shape: shape[0] * shape[1])
+    copies = 3 + (job.zero == 3 and job.world > 1)
+    return float(job.element * (copies * rows * columns + 2 * min(rows, columns) ** 2))
 
 
 def kept_bytes(job: Job) -> float:
@@ -156,7 +166,7 @@ def host_bytes(job: Job) -> Parts:
     """Pinned memory of a rank."""
     share = job.parameters / job.world
     kept = kept_bytes(job) if job.policy.offload is Offload.cpu else 0.0
-    # fp32 parameters, two moments, gradients, and a copy in e bytes to send back
-    optimizer = (16 + job.element) * share if job.offload_optimizer else 0.0
+    # fp32 parameters, two moments, of Muon one, gradients, and a copy in e bytes to send back
+    optimizer = (16 + job.element) * share - 4 * job.by_muon / job.world if job.offload_optimizer else 0.0
     parameters = job.element * share if job.offload_parameters else 0.0
     return {"activations": kept, "optimizer": optimizer, "parameters": parameters}
