@@ -2,6 +2,7 @@
 
 python benchmarks/training.py                                        # every case for the GPUs that are here
 python benchmarks/training.py --only '1b 65536 .* keep$' --peers fsdp2
+python benchmarks/training.py --case 1b 65536 keep optim.name=muon --peers
 python benchmarks/training.py --render                               # table and plots anew from --out, on any machine
 
 Each contestant of a case trains in processes of its own, one case after the other. Ours is launch/train.py itself, on
@@ -43,6 +44,7 @@ POLICIES = {
     "recompute": ["train.activations=recompute"],
     "keep attention, tiles": [KEEP_ATTENTION, "train.mlp_tile=4096"],
     "keep attention, tiles, offload": [KEEP_ATTENTION, "train.mlp_tile=4096", "train.offload=cpu"],
+    "recompute, tiles, offload": ["train.activations=recompute", "train.mlp_tile=4096", "train.offload=cpu"],
     "recompute 4, tiles, offload": [
         "train.activations=recompute",
         "train.recompute_layers=4",
@@ -129,10 +131,12 @@ def follow(command: list[str], log: Path, steps: int, limit: float) -> tuple[lis
     return found, said[-1][:300] if said else "nothing"
 
 
-def peer(name: str, case: Case, config: TrainConfig, vocab_size: int, steps: int, limit: float) -> dict[str, Any]:
-    """Rates of the best settings that fit."""
+def peer(
+    name: str, case: Case, config: TrainConfig, vocab_size: int, *, tries: list[str], steps: int, limit: float
+) -> dict[str, Any]:
+    """Rates with the first of ``tries``, policies of activations, that fits."""
     tried: dict[str, Any] = {}
-    for activations in ("keep", "recompute"):
+    for activations in tries:
         told = {"model": asdict(config.model), "vocab_size": vocab_size, "seq_len": case.seq_len, "steps": steps}
         told |= {"activations": activations, "cuda": torch.cuda.is_available()}
         start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={case.gpus}", "--standalone"]
@@ -184,7 +188,8 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         "parts_seconds": {name: round(seconds, 4) for name, seconds in expected.seconds.items()},
     }
     wanted = arguments.peers if case.policy == "keep" else []
-    row["peers"] = {name: peer(name, case, config, vocab_size, arguments.steps, arguments.limit) for name in wanted}
+    how = {"tries": arguments.peers_try, "steps": arguments.steps, "limit": arguments.limit}
+    row["peers"] = {name: peer(name, case, config, vocab_size, **how) for name in wanted}
     return row
 
 
@@ -259,9 +264,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="regular expression over 'MODEL TOKENS GPUS [OVERRIDES] POLICY'")
     parser.add_argument("--peers", nargs="*", default=["fsdp2", "deepspeed"])
+    parser.add_argument("--peers-try", nargs="*", default=["keep", "recompute"], help="activations, until one fits")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of one contestant of one case")
-    parser.add_argument("--case", nargs=3, metavar=("MODEL", "TOKENS", "POLICY"), help="another one, of one process")
+    parser.add_argument("--case", nargs="+", help="another one, of one process: MODEL TOKENS POLICY OVERRIDE ...")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "training.json")
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
@@ -269,7 +275,8 @@ def main() -> None:
         return render(arguments.out)
     chosen = [case for case in cases(torch.cuda.device_count()) if re.search(arguments.only, str(case))]
     if arguments.case:
-        chosen = [Case(arguments.case[0], int(arguments.case[1]), 1, arguments.case[2])]
+        model, tokens, policy, *more = arguments.case
+        chosen = [Case(model, int(tokens), 1, policy, tuple(more))]
     elif not torch.cuda.is_available():
         sys.exit("these cases are for GPUs, and there is none; --case tiny 1024 keep runs anywhere")
     report = read(arguments.out, machine())
