@@ -22,8 +22,8 @@ from ringspan.parallel.ulysses import to_heads, to_positions
 
 STRATEGIES = ("auto", "ring", "allgather")
 GATHER_RATE = 300e9  # bytes/s that a rank receives: NCCL's all-gather, 64 to 256 MiB, 4 H100 of one host, measured
-# Lost a hop and pass to smaller blocks, launches and waiting, on 2 H200: the fit of docs/scaling.md said 238 and, another
-# day, 101 us; but at 16 MiB all-gather attention was twice as fast, and at 32 the ring within 3 % of one GPU's rate.
+# Lost a hop and pass to smaller blocks, launches and waiting, on 2 H200: the fit of docs/scaling.md said 238 us, and on
+# another day 101; but at 16 MiB all-gather attention was twice as fast, at 32 the ring within 3 % of one GPU's rate.
 HOP_SECONDS = 220e-6
 
 AttentionPlan = RingPlan | GatherPlan

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ringspan.train.budget import Job, Machine
 
 BACKWARD = 2.5  # of attention's forward FLOPs
+UNFUSED = 10  # times the bytes without torch.compile, as each operation reads and writes fp32: 1B, 32K tokens, an H200
 
 
 def step_seconds(job: Job, machine: Machine) -> dict[str, float]:
@@ -37,7 +38,7 @@ def layer_seconds(job: Job, machine: Machine) -> dict[str, float]:
     runs = 1 + (policy.activations is Activations.recompute)
     passes = 2 + recomputes + segments
     # Elements that norms, rotations, SwiGLU and residuals read and write: forward, and 1.5 times that in backward
-    touched = 8 * m.dim + 2 * (q + 2 * kv) + 3 * m.mlp_dim
+    touched = (8 * m.dim + 2 * (q + 2 * kv) + 3 * m.mlp_dim) * (1 if policy.compiler else UNFUSED)
     return {
         "matrices": 2 * products * t * n / (machine.matrix_tflops * 1e12),
         "attention": attending * runs + backward,
