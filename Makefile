@@ -3,6 +3,7 @@
 # make check    lint, formatting, types
 # make faults   kill, starve and corrupt small runs, and see that each ends as if nothing had happened
 # make soak     20,000 tiny steps, whose memory and open files must not grow
+# make tritons  compile the kernels by the oldest Triton that is supported and by the newest there is; minutes each
 #
 # Each sets up .venv first, once. ARGS adds arguments: make train ARGS="steps=20", make test ARGS="-k ring".
 # make test VENV= PYTHON=python3 takes an environment that has everything already, and installs nothing.
@@ -20,7 +21,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: train test check faults soak
+.PHONY: train test check faults soak tritons
 train: $(READY)
 	$(PY) launch/train.py experiment=laptop $(ARGS)
 
@@ -33,6 +34,17 @@ faults: $(READY)
 
 soak: $(READY)
 	$(PY) tests/soak.py $(ARGS)
+
+# Triton by itself, in front of the installed one: nothing that is compiled depends on the version of torch.
+TRITONS ?= triton~=3.6.0 triton
+tritons: $(READY)
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; export TRITON_CACHE_DIR="$$folder/cache"; \
+	for wanted in $(TRITONS); do \
+	    $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target "$$folder/$$wanted" "$$wanted"; \
+	    export PYTHONPATH="$$folder/$$wanted:$(CURDIR)/.types"; \
+	    $(PY) -c 'import triton; print("Triton", triton.__version__, flush=True)'; \
+	    $(PY) -m pytest tests/test_ahead_of_time.py tests/test_hopper_ahead_of_time.py; \
+	done
 
 check: $(READY)
 	$(PY) -m ruff check
