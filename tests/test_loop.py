@@ -236,7 +236,7 @@ def test_what_is_recorded_is_what_was_asked_for_and_what_runs(root, text, ranks)
     lines = Path(config.run_dir, "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["perf/ring_imbalance"] for line in lines] == pytest.approx([1 / 3, 1 / 3])
     assert said["mesh"] == {"data": 1, "ring": 2, "ulysses": 1}
-    assert said["engine"] == {"device": "cpu", "dtype": "torch.float32", "zero": 1}
+    assert said["engine"] == {"device": "cpu", "dtype": "torch.float32", "zero": 1, "optimizer": "adamw"}
     assert "left out" not in said["corpus"]
     for _, calls in results:
         steps, layers, blocks, shares = 2, 2, 2, 2  # of the heads: each takes its own turns

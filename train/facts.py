@@ -32,7 +32,12 @@ def facts(run: Trainer) -> dict[str, Any]:
         "machine": machine(of_every_rank(place(run.device))),
         "mesh": {"data": run.mesh.data, "ring": run.mesh.ring, "ulysses": run.mesh.ulysses},
         "attention": run.picked,
-        "engine": {"device": device_name(run.device), "dtype": str(run.engine.dtype), "zero": c.engine.zero},
+        "engine": {
+            "device": device_name(run.device),
+            "dtype": str(run.engine.dtype),
+            "zero": c.engine.zero,
+            "optimizer": c.optim.name.value,
+        },
         "layers": {name: str(getattr(x, "value", x)) for name, x in vars(c.train.policy(run.device.type)).items()},
         "step": {"rows": run.batches.rows_of_a_step, "tokens": run.batches.rows_of_a_step * run.phase.seq_len},
         "first_micro_batch": run.batches.facts(run.done.rows_seen),

@@ -1,8 +1,8 @@
 """Muon: hidden matrices move along their momentum, made orthogonal; all else by AdamW.
 
 Muon is Jordan et al.'s (2024, https://kellerjordan.github.io/posts/muon/); its update is scaled to the size of AdamW's
-(Liu et al., arXiv 2502.16982), so that one learning rate and weight decay serve both. DeepSpeed's own Muon makes
-gradients orthogonal before it clips them: a norm of 1 is then that of the update, whatever the gradient. To DeepSpeed
+(Liu et al., arXiv 2502.16982), so that one learning rate and weight decay serve both. DeepSpeed's own Muon, at most
+stages, makes gradients orthogonal before it clips them: a norm of 1 is then the update's, whatever the gradient. To it
 this one is an optimizer of flat tensors like any other: momentum is summed by element, wherever the element lies. Only
 to be made orthogonal must a matrix be whole: the ranks that hold parts of one send them to one rank, and get their
 parts of the update back.
