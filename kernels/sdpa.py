@@ -227,7 +227,7 @@ def run_on_any(run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, scale: 
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kind, dim, dim_v = q.device.type, k.shape[-1], v.shape[-1]
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     if dim != dim_v and q.shape[-1] == dim:
         q, k, v = (F.pad(x, (0, max(dim, dim_v) - x.shape[-1])) for x in (q, k, v))

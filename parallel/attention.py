@@ -89,6 +89,14 @@ class SequenceAttention:
         make: Any = plan_gather if self.strategy == "allgather" else plan_ring
         return make(spans, layout, self.mesh.ring_rank, parts=self.mesh.ulysses).to(device)
 
+    def plans(self, spans: Spans, device: torch.device | str, layout: Layout) -> Any:
+        """What a model is given of a micro-batch: one plan, as all its layers see the same."""
+        return self.plan(spans, device, layout)
+
+    def pairs(self, spans: Spans) -> float:
+        """(query, key) pairs that a head of a layer attends to, all rows together; the mean of the layers."""
+        return int(spans.pairs().sum())
+
     def imbalance(self, spans: Spans, layout: Layout) -> float:
         """How much longer than its mean rank the ring computes: see ``lockstep_imbalance``; without steps to wait at,
         how much more the slowest rank computes."""

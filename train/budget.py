@@ -170,8 +170,10 @@ def machine_here(device: torch.device, world: int) -> Machine:
 
 
 def job_of(config: TrainConfig, world: int, vocab_size: int, device_type: str = "cuda") -> Job:
-    """ValueError: a mesh that does not multiply to ``world``."""
+    """ValueError: a mesh that does not multiply to ``world``, or a model of Transformers."""
     data, ring, ulysses = config.parallel.sizes(world)
+    if not isinstance(config.model, ModelConfig):
+        raise ValueError(f"model=hf: {NOT_COUNTED}; launch/train.py with check=true looks at all else")
     return Job(
         model=config.model,
         vocab_size=vocab_size,
@@ -188,6 +190,10 @@ def job_of(config: TrainConfig, world: int, vocab_size: int, device_type: str = 
         offload_parameters=config.engine.offload_parameters,
         muon=config.optim.name is Optimizer.muon,
     )
+
+
+def job_if_counted(config: TrainConfig, world: int, vocab_size: int, device_type: str) -> Job | None:
+    return job_of(config, world, vocab_size, device_type) if isinstance(config.model, ModelConfig) else None
 
 
 def budget(job: Job, machine: Machine) -> Budget:
@@ -213,6 +219,7 @@ def budget(job: Job, machine: Machine) -> Budget:
     )
 
 
+NOT_COUNTED = "what a model of Transformers takes is not counted"
 TILE = 4096  # tokens: products of so many rows run at the matrix units' rate
 SWITCHES = {
     "train.activations": "policy.activations",
@@ -305,8 +312,10 @@ def ways_out(job: Job, machine: Machine, most: int = 3) -> list[tuple[str, Budge
     return [(" ".join(f"{name}={value}" for name, value in changes.items()), then) for then, changes in found[:most]]
 
 
-def in_words(job: Job, machine: Machine) -> str:
+def in_words(job: Job | None, machine: Machine) -> str:
     """One line: what a rank needs of what there is, and of a job that does not fit what would."""
+    if job is None:
+        return NOT_COUNTED
     now = budget(job, machine)
     if now.fits:
         host = f", {now.host_gib:.2f} of the host's" if now.host_gib else ""
@@ -318,7 +327,7 @@ def in_words(job: Job, machine: Machine) -> str:
 
 
 @contextmanager
-def explained(job: Job, machine: Machine, when: Callable[[], str]) -> Iterator[None]:
+def explained(job: Job | None, machine: Machine, when: Callable[[], str]) -> Iterator[None]:
     """Inside, CUDA's want of memory becomes a ValueError that tells a user what takes it and what would fit."""
     try:
         yield
@@ -326,11 +335,14 @@ def explained(job: Job, machine: Machine, when: Callable[[], str]) -> Iterator[N
         raise ValueError(out_of_memory(job, machine, when(), str(error))) from error
 
 
-def out_of_memory(job: Job, machine: Machine, when: str, said: str) -> str:
+def out_of_memory(job: Job | None, machine: Machine, when: str, said: str) -> str:
     """What a user is told when the GPU's memory was not enough: ``said`` is the allocator's message."""
-    now = budget(job, machine)
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", said)
     more = f", {asked[1]} more were asked for" if asked else ""
+    if job is None:
+        ways = "train.activations=recompute, engine.zero=3, more ranks in the ring or a shorter seq_len"
+        return f"{when}: out of GPU memory{more}; {NOT_COUNTED}; what takes less: {ways}"
+    now = budget(job, machine)
     needed = f"{now.gpu_gib:.1f} of {now.room:.1f} GiB: {in_parts(now.gpu)}"
     return f"{when}: out of GPU memory{more}; the budget is {needed}; {advice(job, machine)}"
 

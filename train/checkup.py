@@ -30,7 +30,6 @@ from ringspan.train.data import DataConfig, prepared_folder, text_folder
 from ringspan.train.documents import find_source
 from ringspan.train.initial import find_weights
 from ringspan.train.loop import attention_of, pick_device
-from ringspan.train.model import padded_vocabulary
 from ringspan.train.needle import IDS
 from ringspan.train.reading import Columns, Skipped, Unreadable
 from ringspan.train.rows import Text
@@ -109,7 +108,7 @@ class _Run:
     def data(self) -> str:
         opened = from_rank_zero(lambda: open_data(self.config))
         first = find_weights(self.config.init, self.config.model)
-        self.vocab_size = first.vocab_size if first else padded_vocabulary(opened.vocab_size)
+        self.vocab_size = first.vocab_size if first else self.config.model.vocabulary(opened.vocab_size)
         for path in (*opened.folders, Path(self.config.run_dir)):
             if not path.is_dir():
                 raise ValueError(
@@ -121,10 +120,10 @@ class _Run:
     def memory(self) -> str:
         if self.vocab_size is None:
             raise ValueError("not counted, as the size of the vocabulary is the data's")
-        job = budget.job_of(self.config, self.world, self.vocab_size, self.device.type)
+        job = budget.job_if_counted(self.config, self.world, self.vocab_size, self.device.type)
         machine = budget.machine_here(self.device, self.world)
         words = budget.in_words(job, machine)
-        if not budget.budget(job, machine).fits:
+        if job and not budget.budget(job, machine).fits:
             raise ValueError(words.removeprefix("WARNING: "))
         return words
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
@@ -23,13 +23,17 @@ from ringspan.train.data import DataConfig
 from ringspan.train.data import check as check_data
 from ringspan.train.engine import EngineConfig
 from ringspan.train.evaluate import EvaluationConfig
+from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.initial import find_weights
 from ringspan.train.loop_config import LoopConfig
 from ringspan.train.manifest import find
 from ringspan.train.metrics import LoggerConfig
-from ringspan.train.model import ModelConfig
+from ringspan.train.model import AnyModel, ModelConfig
 from ringspan.train.optim import OptimConfig
 from ringspan.train.phases import Phase, check_phases
+
+
+MODELS: dict[str, type[AnyModel]] = {"gpt": ModelConfig, "huggingface": HuggingFaceConfig}
 
 
 @dataclass(kw_only=True)
@@ -46,7 +50,7 @@ class TrainConfig:
     check: bool = False  # only look whether it could start: data, memory, communication; leaves nothing behind
     profile: list[int] = field(default_factory=list)  # steps to trace, and to tell the time of by part, as [5,6]
     phases: list[Phase] = field(default_factory=list)  # a length curriculum: other lengths of rows from some steps on
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: AnyModel = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -74,10 +78,13 @@ def structured(cls: type) -> DictConfig:
     """Of a command's configuration, for Hydra's store: no field can be added to it, but names to its mappings."""
     node = OmegaConf.structured(cls)
     OmegaConf.set_struct(node.data.mixture, False)
+    node.model = MISSING  # a file of conf/model names its class
     return node
 
 
 ConfigStore.instance().store(name="schema", node=structured(TrainConfig))
+for name, kind in MODELS.items():
+    ConfigStore.instance().store(name=name, node=kind)
 
 
 def check(config: TrainConfig, world: int, device_type: str) -> None:
@@ -88,10 +95,11 @@ def check(config: TrainConfig, world: int, device_type: str) -> None:
             engine cannot do, a checkpoint without a manifest, first weights of another model, data that cannot be read.
     """
     _, _, ulysses = config.parallel.sizes(world)
-    if config.model.n_heads % ulysses:
+    config.model.check(config)
+    if (heads := config.model.sizes.n_heads) % ulysses:
         raise ValueError(
-            f"parallel.ulysses={ulysses}: model.n_heads={config.model.n_heads} must be a multiple of it; "
-            f"the nearest is {nearest_divisor(config.model.n_heads, ulysses)}"
+            f"parallel.ulysses={ulysses}: model.n_heads={heads} must be a multiple of it; "
+            f"the nearest is {nearest_divisor(heads, ulysses)}"
         )
     config.engine.resolve(device_type)
     if config.resume not in {"auto", "none"}:
@@ -108,10 +116,9 @@ def nearest_divisor(n: int, wanted: int) -> int:
 
 def typed(cfg: DictConfig) -> TrainConfig:
     """The configuration as dataclasses. Raises ValueError where a part's rules are broken, or a key was added to it."""
-    known = set(field_names())
-    for key in _keys(cfg):
-        if key not in known:  # OmegaConf refuses key=value, and takes +key=value
-            raise ValueError(_unknown_key(key))
+    for key, part in _keys(cfg):
+        if key.rpartition(".")[2] not in {one.name for one in fields(part)}:  # OmegaConf takes +key=value
+            raise ValueError(_unknown_key(key, part))
     return cast(TrainConfig, OmegaConf.to_object(cfg))
 
 
@@ -119,13 +126,15 @@ def field_names(part: type = TrainConfig, prefix: str = "") -> Iterator[str]:
     """Every key that an override may name: seq_len, model, model.dim, ..."""
     for one in fields(part):
         yield prefix + one.name
-        if isinstance(one.type, type) and is_dataclass(one.type):
-            yield from field_names(one.type, f"{prefix}{one.name}.")
+        for kind in MODELS.values() if one.type is AnyModel else [one.type]:
+            if isinstance(kind, type) and is_dataclass(kind):
+                yield from field_names(kind, f"{prefix}{one.name}.")
 
 
-def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """All that stand there, and the class of each one's parent."""
     for name in map(str, cfg):
-        yield prefix + name
+        yield prefix + name, cast(type, OmegaConf.get_type(cfg))
         part = cfg._get_node(name)  # the node: values may not be there yet, or not resolve
         if OmegaConf.is_dict(part) and is_dataclass(OmegaConf.get_type(part)):  # a mapping's names are the user's
             yield from _keys(cast(DictConfig, part), f"{prefix}{name}.")
@@ -142,7 +151,7 @@ def explain(error: Exception, schema: type = TrainConfig) -> str:
     inner = next((one for one in chain if isinstance(one, OmegaConfBaseException)), None)
     key = str((inner and inner.full_key) or "")
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
-        return _unknown_key(key, schema)
+        return _unknown_key(key, inner.object_type if is_dataclass(inner.object_type) else schema)
     told = " ".join(str(inner if key else error).split("full_key:")[0].split())
     said = told + _plain_number(told)
     return f"{key}: {said}" if key and key not in said else said
@@ -156,10 +165,10 @@ def _plain_number(said: str) -> str:
     return f"; give a plain number, {number * 1024**power} or {number * 1000**power}"
 
 
-def _unknown_key(key: str, schema: type = TrainConfig) -> str:
+def _unknown_key(key: str, part: Any) -> str:
+    """``part``: the class that it would be a field of."""
     parent = key.rpartition(".")[0]
-    siblings = [name for name in field_names(schema) if name.rpartition(".")[0] == parent]
-    return f"{key}: there is no such key; {_nearest(key, siblings or [field.name for field in fields(schema)])}"
+    return f"{key}: there is no such key; {_nearest(key, [f'{parent}.{x.name}'.strip('.') for x in fields(part)])}"
 
 
 PLUGINS = {"submitit_slurm": "hydra-submitit-launcher", "optuna": "hydra-optuna-sweeper"}  # options, and their packages

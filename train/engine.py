@@ -88,7 +88,7 @@ class Engine:
         self.parameters = sum(shape.numel() for shape in shapes)
         # ZeRO-3 keeps parameters up to this size whole: the norms, which it would not pay to gather.
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = max(
-            shape.numel() for shape in shapes if len(shape) < 2
+            (shape.numel() for shape in shapes if len(shape) < 2), default=0
         )
         optimizer = optimizer_of(model, optim, device)
         with redirect_stdout(io.StringIO()):  # one of its optimizers prints how much memory there is, eight times
@@ -144,7 +144,7 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm()) if self.deepspeed.was_step_applied() else math.nan
 
     def _norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.deepspeed.module.parameters()])
+        return torch.nn.utils.get_total_norm([p.grad for p in self.state.parameters.values()])
 
 
 HOST = {"device": "cpu", "pin_memory": True}

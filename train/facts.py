@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 def facts(run: Trainer) -> dict[str, Any]:
     """All ranks together."""
     c, m = run.config, run.config.model
+    matrices = m.matmul_parameters(run.vocab_size)
     return {
         "corpus": f"{run.text.name}, {run.text.tokens:,} tokens, {len(run.batches.rows):,} rows"
         + (f", {run.text.n_skipped:,} files or rows left out" if run.text.n_skipped else ""),
         "packing": packing_facts(run.batches.rows),
         "unigram_entropy": round(run.text.unigram_entropy, 4),
-        "model": {"parameters": run.engine.parameters, "in_matrices": m.matmul_parameters(run.vocab_size)},
+        "model": {"parameters": run.engine.parameters, "in_matrices": matrices, "frozen": m.frozen_parameters},
         "machine": machine(of_every_rank(place(run.device))),
         "mesh": {"data": run.mesh.data, "ring": run.mesh.ring, "ulysses": run.mesh.ulysses},
         "attention": run.picked,
@@ -42,20 +43,20 @@ def facts(run: Trainer) -> dict[str, Any]:
         "step": {"rows": run.batches.rows_of_a_step, "tokens": run.batches.rows_of_a_step * run.phase.seq_len},
         "first_micro_batch": run.batches.facts(run.done.rows_seen),
         "memory": budget.in_words(run.job, run.machine),
-        "expected": expected(run),
         "resumed": str(run.resumed) if run.resumed else "no",
+        **({"expected": expected(run, run.job)} if run.job else {}),
         **({"init": c.init} if run.initial and not run.resumed else {}),
         **({"refused": run.refused} if run.refused else {}),
         **({"changed": ", ".join(run.changes)} if run.changes else {}),
     }
 
 
-def expected(run: Trainer) -> dict[str, Any]:
+def expected(run: Trainer, job: budget.Job) -> dict[str, Any]:
     """What the budget says of a step, for the documents of the first micro-batch: under the names of metrics.jsonl
     where those are measured. Seconds are known for GPUs whose peak is."""
     lengths = [n for row in run.batches.rows_after(run.done.rows_seen)[0] for n in run.batches.rows.lengths(row)]
     pairs = sum(n * (n + 1) / 2 for n in lengths)
-    job = replace(run.job, seq_len=run.phase.seq_len)
+    job = replace(job, seq_len=run.phase.seq_len)
     # A job's documents are all of one length: that which attends to as many keys
     job = replace(job, document=max(1, round(2 * pairs / (job.micro_batch * job.seq_len) - 1)))
     now = budget.budget(job, run.machine)

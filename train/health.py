@@ -1,6 +1,7 @@
 """Whether a run is well: spikes of the loss, and what each layer did in a step whose gradient is not finite."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,17 +47,20 @@ class Spikes:
 def watched(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
     """What comes out of each layer while forward and backward run inside: by layer, in the order of forward."""
     told: dict[str, dict[str, Any]] = {}
-    layers = {name: part for name, part in model.named_modules() if name and name.count(".") == name.count("layers.")}
+    # Items of a list, but not of a list in a list, and what has no parts, as an embedding or the last norm
+    parts = ((name, part) for name, part in model.named_modules() if re.fullmatch(r"\D+(\.\d+)?", name))
+    layers = {name: part for name, part in parts if name[-1].isdigit() or not [*part.children()]}
 
     def hook(name: str) -> Any:
-        def see(_: nn.Module, __: Any, output: Tensor) -> None:
+        def see(_: nn.Module, __: Any, output: Any) -> None:
+            output = output if torch.is_tensor(output) else output[0]
             told.setdefault(name, {"output": statistics(output)})
             if output.requires_grad:
                 output.register_hook(lambda gradient: told[name].update(gradient=statistics(gradient)))
 
         return see
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items() if name != "layers"]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield told
     finally:

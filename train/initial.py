@@ -10,7 +10,7 @@ from ringspan.train.agree import of_every_rank
 from ringspan.train.checkpoint import Reader
 from ringspan.train.huggingface import SHAPE, Folder
 from ringspan.train.manifest import MANIFEST, damage, read_manifest
-from ringspan.train.model import ModelConfig
+from ringspan.train.model import AnyModel, ModelConfig
 
 
 class Checkpoint:
@@ -36,10 +36,12 @@ class Checkpoint:
         return None
 
 
-def find_weights(init: str | None, model: ModelConfig) -> Folder | Checkpoint | None:
+def find_weights(init: str | None, model: AnyModel) -> Folder | Checkpoint | None:
     """ValueError: the folder holds neither, or another model: all differences are told. Reads no weights yet."""
     if init is None:
         return None
+    if not isinstance(model, ModelConfig):
+        raise ValueError(f"init={init}: model=hf has its first weights from model.path; give that, and leave out init")
     path = Path(init)
     if (path / MANIFEST).exists():
         return Checkpoint(path, model)
@@ -48,7 +50,7 @@ def find_weights(init: str | None, model: ModelConfig) -> Folder | Checkpoint | 
     return folder
 
 
-def open_weights(init: str | None, model: ModelConfig, corpus_vocab_size: int) -> Folder | Checkpoint | None:
+def open_weights(init: str | None, model: AnyModel, corpus_vocab_size: int) -> Folder | Checkpoint | None:
     """The first weights, verified by all ranks together. ValueError: as `find_weights`, damaged, or too few tokens."""
     source = find_weights(init, model)
     if source is None:

@@ -29,7 +29,6 @@ from ringspan.train.initial import open_weights
 from ringspan.train.layer import CompileClock
 from ringspan.train.meter import Meter
 from ringspan.train.metrics import flops_per_step, plain, record
-from ringspan.train.model import GPT, padded_vocabulary
 from ringspan.train.optim import learning_rate
 from ringspan.train.phases import Phase, phase_at
 from ringspan.train.profiling import Profiler
@@ -64,7 +63,7 @@ class StepResult(NamedTuple):
     loss_sum: Tensor  # of this rank's tokens, on the device
     tokens: Tensor  # label tokens of all ranks, on the device
     grad_norm: float  # of the whole gradient, before clipping
-    attended: int  # pairs in the rows of this data group
+    attended: float  # pairs in the rows of this data group
     imbalance: float  # of the ring, mean of this data group's micro-batches
 
 
@@ -78,7 +77,7 @@ class Trainer:
         self.mesh = Mesh.create(*config.parallel.sizes(dist.get_world_size()), self.device.type)
         self.text = Text(from_rank_zero(lambda: prepare(config.data)), config.data)
         self.initial = open_weights(config.init, config.model, self.text.vocab_size)
-        self.vocab_size = self.initial.vocab_size if self.initial else padded_vocabulary(self.text.vocab_size)
+        self.vocab_size = self.initial.vocab_size if self.initial else config.model.vocabulary(self.text.vocab_size)
         self.resumed, self.refused = checkpoint.choose(run_dir, config.resume)
         self.changes: list[str] = []  # of the configuration since the checkpoint
         self.done = self.start_or_resume()
@@ -86,10 +85,11 @@ class Trainer:
         from_rank_zero(lambda: checkpoint.check_writable(run_dir, size))
         self.attend, self.picked = attention_of(config, self.mesh, self.device)
         self.compiling = CompileClock()
-        self.job = budget.job_of(config, self.mesh.world, self.vocab_size, self.device.type)
+        self.job = budget.job_if_counted(config, self.mesh.world, self.vocab_size, self.device.type)
         self.machine = budget.machine_here(self.device, self.mesh.world)
         with self.memory_explained():
-            self.engine = Engine(self.build, config.engine, config.optim, config.train.accumulation, self.device)
+            make = config.model.maker(config, self.vocab_size, self.attend)
+            self.engine = Engine(make, config.engine, config.optim, config.train.accumulation, self.device)
         if self.resumed:
             checkpoint.load(self.engine.state, self.resumed, self.device)
         elif self.initial:
@@ -143,7 +143,7 @@ class Trainer:
         rows = self.text.rows(phase.seq_len, c.seed)
         self.phase, self.batches = phase, Batches(rows, self.attend, t.micro_batch, t.accumulation, self.device)
         self.prefetch = Prefetch(self.batches.load, self.device)
-        cast(GPT, self.engine.model).rope = c.model.rope(phase.seq_len, phase.rope_base)
+        cast(Any, self.engine.model).expect(phase.seq_len, phase.rope_base)
         self.evaluation = Evaluation(c.evaluation, self.text, phase.seq_len, self.attend, t.micro_batch, self.device)
 
     def follow_phases(self) -> None:
@@ -156,12 +156,6 @@ class Trainer:
             self.enter(phase)
             rows = len(self.batches.rows)
             self.log.say(f"step {self.done.step + 1}: rows of {phase.seq_len:,} tokens from here on, {rows:,} of them")
-
-    def build(self, device: torch.device, dtype: torch.dtype) -> GPT:
-        c = self.config
-        drawn: dict[str, Any] = {"seed": c.seed, "device": device, "dtype": dtype}
-        policy = c.train.policy(device.type)
-        return GPT(c.model, self.vocab_size, self.attend, policy, z_loss=c.train.z_loss, **drawn)
 
     def run(self, stop: Callable[[], bool]) -> float:
         c = self.config
@@ -271,14 +265,15 @@ class Trainer:
         self.done.loss = loss if math.isfinite(loss) else self.done.loss
         if spike := self.spikes.see(loss):
             self.log.say(f"step {self.done.step}: {spike}")
-        c, rows = self.config, self.batches.rows_of_a_step
+        c, rows, sizes = self.config, self.batches.rows_of_a_step, self.config.model.sizes
         flops = flops_per_step(
             c.model.matmul_parameters(self.vocab_size),
             rows * self.phase.seq_len,
-            n_layers=c.model.n_layers,
-            n_heads=c.model.n_heads,
-            head_dim=c.model.head_dim,
+            n_layers=sizes.n_layers,
+            n_heads=sizes.n_heads,
+            head_dim=sizes.head_dim,
             attended=attended,
+            frozen=c.model.frozen_parameters,
         )
         self.log.step(
             record(
@@ -306,7 +301,7 @@ class Trainer:
         )
         self.log.evaluation(self.done.step, self.done.tokens, measured)
 
-    def totals(self, result: StepResult) -> tuple[float, int, float, float]:
+    def totals(self, result: StepResult) -> tuple[float, float, float, float]:
         """(loss a label token, attended pairs, mean imbalance, a rank's seconds of exposed communication) of the step,
         over all ranks. Waits for the device."""
         here = [0.0, result.attended, result.imbalance, self.meter.exposed_seconds()]
@@ -315,7 +310,7 @@ class Trainer:
         dist.all_reduce(sums)
         loss, attended, imbalance, exposed = sums.tolist()
         sharing = self.mesh.ring * self.mesh.ulysses  # each rank of a data group counts its rows
-        return loss, round(attended / sharing), imbalance / self.mesh.world, exposed / self.mesh.world
+        return loss, attended / sharing, imbalance / self.mesh.world, exposed / self.mesh.world
 
     def save(self) -> None:
         """Begin a checkpoint. Where the one before has failed the run goes on: it has what it had."""
@@ -354,12 +349,12 @@ def attention_of(config: TrainConfig, mesh: Mesh, device: torch.device) -> tuple
 
     ValueError: train.attention cannot run here.
     """
-    m, p, backend = config.model, config.parallel, config.train.attention.value
+    m, p, backend = config.model.sizes, config.parallel, config.train.attention.value
     dtype = config.engine.resolve(device.type)
     query = torch.empty(1, 1, m.n_heads, m.head_dim, dtype=dtype, device=device)  # one like those it will see
     if backend != "auto" and (why := refusal(backend, query, query, query)):
         raise ValueError(f"train.attention={backend} cannot run here: {why}; use train.attention=auto")
-    attend = SequenceAttention(mesh, p.layout.value, backend, strategy=p.strategy.value)
+    attend = config.model.attention(mesh, p.layout.value, backend, strategy=p.strategy.value)
     longest = max([config.seq_len, *(phase.seq_len for phase in config.phases)])
     return attend, attend.pick(query, kv_heads=m.n_kv_heads, seq_len=longest)
 

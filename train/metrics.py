@@ -82,14 +82,14 @@ class LoggerConfig:
 
 
 def flops_per_step(
-    matrix_parameters: int, tokens: int, *, n_layers: int, n_heads: int, head_dim: int, attended: int
+    matrix_parameters: int, tokens: int, *, n_layers: int, n_heads: int, head_dim: int, attended: float, frozen: int = 0
 ) -> float:
     """Forward and backward FLOPs that a step needs; recomputation is not counted.
 
-    A token costs 6 per parameter in a matrix product, and 12 per layer, head dimension and key it really attends to:
+    A token costs 6 per parameter in a matrix product (4 for the ``frozen`` ones, which have no gradient), and 12 per layer, head dimension and key it really attends to:
     causal half, documents and windows. ``attended`` is the number of (query, key) pairs of one head, all rows together.
     """
-    return 6.0 * matrix_parameters * tokens + 12.0 * n_layers * n_heads * head_dim * attended
+    return (6.0 * matrix_parameters - 2.0 * frozen) * tokens + 12.0 * n_layers * n_heads * head_dim * attended
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -6,18 +6,23 @@ says what they may attend to. So the same model runs on one device and on any me
 Shapes: B rows, S tokens of this rank, H query heads, K key-value heads, D head dim.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ringspan.parallel.attention import SequenceAttention
 from ringspan.train.activations import Layers, Policy
 from ringspan.train.layer import LayerWeights, Sizes
 from ringspan.train.loss import cross_entropy_sum, token_losses
 from ringspan.train.rotary import Rope, Scaling
+
+if TYPE_CHECKING:
+    from ringspan.train.config import TrainConfig  # which needs the classes here
 
 HEAD_STD = 0.02  # first logits are near 0, so the first loss is near ln(vocabulary); a tied embedding has it too
 # Of what the first norm makes of it anyway: 80 steps of the tiny model end 0.2 nats lower than with 0.02
@@ -25,10 +30,58 @@ EMBEDDING_STD = 1.0
 
 # (q (B,S,H,D), k (B,S,K,D), v, ring_plan) -> (B,S,H,D)
 Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+Make = Callable[[torch.device, torch.dtype], nn.Module]
+
+
+class AttentionSizes(NamedTuple):
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class AnyModel(ABC):
+    """What the loop asks of a model before there is one: `ModelConfig`, or `HuggingFaceConfig`.
+
+    The model itself is called as `GPT.forward` is, and told of its rows by ``expect``.
+    """
+
+    @property
+    @abstractmethod
+    def sizes(self) -> AttentionSizes: ...
+
+    @abstractmethod
+    def vocabulary(self, n_tokens: int) -> int:
+        """Rows of the head, for a tokenizer of so many tokens. ValueError: there are fewer."""
+
+    @abstractmethod
+    def parameters(self, vocab_size: int) -> int:
+        """Those that are trained, which a checkpoint has."""
+
+    @abstractmethod
+    def matmul_parameters(self, vocab_size: int) -> int:
+        """Those that a token is multiplied by."""
+
+    @property
+    def frozen_parameters(self) -> int:
+        """Of those, the ones that are not trained."""
+        return 0
+
+    @abstractmethod
+    def attention(self, *args: Any, **kwargs: Any) -> SequenceAttention:
+        """Of its layers; arguments are those of `SequenceAttention`."""
+
+    @abstractmethod
+    def maker(self, config: "TrainConfig", vocab_size: int, attend: SequenceAttention) -> Make:
+        """What makes it on a device, under ZeRO-3 already sharded. All ranks together. ValueError: weights are amiss."""
+
+    def check(self, config: "TrainConfig") -> None:
+        """ValueError: there is no such model, or the run asks for what it cannot do."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig(AnyModel):
     dim: int = 256  # width of the stream that layers read and add to
     n_layers: int = 4  # each is attention and SwiGLU
     n_heads: int = 4  # query heads
@@ -88,6 +141,23 @@ class ModelConfig:
     def parameters(self, vocab_size: int) -> int:
         """All but the norms', which are a thousandth of them."""
         return self.matmul_parameters(vocab_size) + (0 if self.tie_embeddings else vocab_size * self.dim)
+
+    @property
+    def sizes(self) -> AttentionSizes:
+        return AttentionSizes(self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim)
+
+    def vocabulary(self, n_tokens: int) -> int:
+        return padded_vocabulary(n_tokens)
+
+    def attention(self, *args: Any, **kwargs: Any) -> SequenceAttention:
+        return SequenceAttention(*args, **kwargs)
+
+    def maker(self, config: "TrainConfig", vocab_size: int, attend: SequenceAttention) -> Make:
+        def make(device: torch.device, dtype: torch.dtype) -> nn.Module:
+            policy, drawn = config.train.policy(device.type), {"z_loss": config.train.z_loss, "seed": config.seed}
+            return GPT(self, vocab_size, attend, policy, device=device, dtype=dtype, **drawn)
+
+        return make
 
 
 def padded_vocabulary(n_tokens: int) -> int:
@@ -220,7 +290,7 @@ class GPT(nn.Module):
         super().__init__()
         weights = Weights(seed, device, dtype)
         self.config, self.attend = config, attend
-        self.rope = config.rope(0)  # whoever trains on longer rows sets another
+        self.expect(0)
         sizes = Sizes(config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps)
         self.run_layers = Layers(policy or Policy(), sizes, torch.device(device))
         tied = config.tie_embeddings
@@ -233,6 +303,10 @@ class GPT(nn.Module):
     def matrices(self) -> dict[str, list[tuple[int, int]]]:
         """(n_out, n_in) of each matrix product that a parameter holds, by its name: those of the layers."""
         return {f"{name}.weight": one.shapes for name, one in self.named_modules() if isinstance(one, Matrix)}
+
+    def expect(self, seq_len: int, rope_base: float | None = None) -> None:
+        """From here on rows have so many tokens."""
+        self.rope = self.config.rope(seq_len, rope_base)
 
     def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Any, each: bool = False) -> Any:
         """Sum of this rank's token losses, an fp32 scalar (fp64 for fp64); with ``each``, what `token_losses` gives.

@@ -73,11 +73,12 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.opti
 
 
 def groups_of(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    every = list(parameters)
+    every = [p for p in parameters if p.requires_grad]
     # Under ZeRO-3 a parameter's own shape is that of nothing; ds_shape is the whole's.
     matrices = [p for p in every if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in every if len(getattr(p, "ds_shape", p.shape)) < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]  # DeepSpeed takes no empty one
 
 
 def settings(config: OptimConfig) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def find_model(path: Path) -> Pretrained:
     path = newest(path)
     saved = read_manifest(path).saved
     config = saved.config
+    if told := config["model"].get("path"):
+        raise ValueError(f"checkpoint={path}: of model=hf model.path={told}; launch/export.py writes it for transformers")
     first = Phase(seq_len=config["seq_len"])
     phases = [Phase(**phase) for phase in config["phases"]]
     data, folder = config["data"], Path(os.path.expanduser(config["data"]["path"] or ""))
@@ -128,7 +130,7 @@ def load_model(
     assert source is not None
     policy = Policy(activations=Activations.recompute, mlp_tile=TILE)  # keeps nothing whole
     model = GPT(found.model, found.vocab_size, attend, policy, device=device, dtype=dtype)
-    model.rope = found.model.rope(max(seq_len, found.trained.seq_len), found.trained.rope_base)
+    model.expect(max(seq_len, found.trained.seq_len), found.trained.rope_base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(source.read("master", name, 0, parameter.numel()).view(parameter.shape))

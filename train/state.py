@@ -40,7 +40,8 @@ class State:
 
     def __init__(self, engine: Any, zero: int, muon: Collection[str] = ()) -> None:
         self.engine, self.zero, self.muon = engine, zero, muon
-        self.parameters: dict[str, Any] = dict(engine.module.named_parameters())  # DeepSpeed adds attributes
+        named = engine.module.named_parameters()
+        self.parameters: dict[str, Any] = {name: p for name, p in named if p.requires_grad}  # DeepSpeed adds attributes
         self.runs = list(self._runs())
 
     def shapes(self) -> dict[str, list[int]]:

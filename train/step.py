@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ringspan.kernels.spans import Spans
-from ringspan.parallel.attention import AttentionPlan, SequenceAttention
+from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.layout import Layout
 from ringspan.parallel.parts import within
 from ringspan.train.packing import Rows
@@ -19,8 +19,8 @@ class MicroBatch(NamedTuple):
     tokens: Tensor  # int64 (rows, positions of this rank), as are labels and positions
     labels: Tensor  # shifted already; -100 where there is none
     positions: Tensor  # in the document
-    ring_plan: AttentionPlan
-    attended: int  # (query, key) pairs of one head, over the whole of its rows
+    ring_plan: Any  # what the model needs of its mask
+    attended: float  # (query, key) pairs of one head, the mean of the layers, over the whole of its rows
     imbalance: float  # how much longer than its mean rank the ring computes: see `lockstep_imbalance`
 
 
@@ -66,9 +66,9 @@ class Batches:
         if self.device.type == "cuda":
             shards = shards.pin_memory()
         tokens, labels, positions = shards.to(self.device, non_blocking=True).unbind(dim=1)
-        ring_plan = self.attend.plan(spans, self.device, layout)
+        ring_plan = self.attend.plans(spans, self.device, layout)
         imbalance = self.attend.imbalance(spans, layout)
-        return MicroBatch(tokens, labels, positions, ring_plan, int(spans.pairs().sum()), imbalance)
+        return MicroBatch(tokens, labels, positions, ring_plan, self.attend.pairs(spans), imbalance)
 
 
 class Prefetch:

@@ -24,6 +24,7 @@ from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.sdpa import band, recognised, refuse_dropout, run_on_any
 from ringspan.kernels.spans import Spans
 from ringspan.parallel.attention import AttentionPlan, SequenceAttention
+from ringspan.parallel.layout import Layout
 from ringspan.train.packing import IGNORE
 
 NAME = "ringspan"
@@ -109,7 +110,7 @@ def attend_to(
     given: dict[str, Any] = {"softcap": softcap or 0.0, "sinks": s_aux}
     run: Callable[..., Any]
     if ringspan is not None:
-        run = functools.partial(ringspan.attend, plan=ringspan.plan(module, sliding_window), **given)
+        run = functools.partial(ringspan.attend, plan=ringspan.plan(module, sliding_window, attention_mask), **given)
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         run = functools.partial(attention, spans=_whole(attention_mask, query, key, causal), **given)
@@ -134,21 +135,39 @@ class Sharded:
     ``spans`` are on the host, of whole rows; a layer with a window sees of them what is in it.
     """
 
-    def __init__(self, attend: SequenceAttention, spans: Spans, device: torch.device) -> None:
+    def __init__(
+        self, attend: SequenceAttention, spans: Spans, device: torch.device, layout: Layout | None = None
+    ) -> None:
         self.attend, self.spans, self.device = attend, spans, device
-        self.layout = attend.layout(spans)
+        self.layout = attend.layout(spans) if layout is None else layout
         self.plans: dict[int | None, AttentionPlan] = {}
 
-    def plan(self, module: nn.Module, window: int | None) -> AttentionPlan:
-        """For layers with such a window; made once. ValueError: a module whose ranks would not agree."""
-        rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-        if kinds.intersection(BY_LENGTH):
-            raise ValueError(f"rope_type {kinds}: follows the length of the input, of which each rank sees a part")
+    def plan(self, module: nn.Module, window: int | None, mask: CausalMask | Tensor | None = None) -> AttentionPlan:
+        """For a layer with such a window, which has ``mask`` from Transformers. ValueError: as `refuse_other_masks`."""
+        refuse_other_masks(module, window, mask)
+        return self.plan_of(window)
+
+    def plan_of(self, window: int | None) -> AttentionPlan:
+        """Made once."""
         if window not in self.plans:
-            spans = self.spans if window is None else self.spans & Spans.causal(self.spans.queries, window=window)
-            self.plans[window] = self.attend.plan(spans, self.device, self.layout)
+            self.plans[window] = self.attend.plan(windowed(self.spans, window), self.device, self.layout)
         return self.plans[window]
+
+
+def windowed(spans: Spans, window: int | None) -> Spans:
+    """What a layer with such a window sees of them."""
+    return spans if window is None else spans & Spans.causal(spans.queries, window=window)
+
+
+def refuse_other_masks(module: nn.Module, window: int | None, mask: CausalMask | Tensor | None) -> None:
+    """ValueError: a layer whose ranks would not agree, or that sees other keys than the batch and its window say."""
+    rope = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds.intersection(BY_LENGTH):
+        raise ValueError(f"rope_type {kinds}: follows the length of the input, of which each rank sees a part")
+    local = mask.given.get("local_size") if isinstance(mask, CausalMask) else window
+    if local != window or not getattr(module, "is_causal", True):
+        raise ValueError(f"{type(module).__name__}: sees keys by another rule than causal attention or a window")
 
 
 def shard_batch(

@@ -1,0 +1,97 @@
+"""model=hf: which model of Transformers a run trains. The model is made in train/huggingface_model.py."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ringspan.parallel.attention import SequenceAttention
+from ringspan.train.activations import Activations, Offload
+from ringspan.train.model import AnyModel, AttentionSizes, Make
+
+if TYPE_CHECKING:
+    from ringspan.train.config import TrainConfig  # which needs the class here
+
+INSTALL = "which is not installed: pip install 'ringspan[transformers]'"
+
+
+class Outline(NamedTuple):
+    """What a model is like, without its numbers."""
+
+    attention: AttentionSizes
+    windows: tuple[int | None, ...]  # of each layer: how many keys a query sees at most
+    vocab_size: int  # rows of its head
+    trained: int  # parameters
+    matmul: int  # parameters that a token is multiplied by: of the experts those it goes to
+    frozen: int  # of these, the ones that are not trained
+
+
+@dataclass(kw_only=True)
+class HuggingFaceConfig(AnyModel):
+    path: str = ""  # a model's folder, or its name on the hub
+    pretrained: bool = True  # false: config.json alone counts, and the weights are drawn from the seed
+    lora: int | None = None  # rank of adapters on the layers' matrices, which alone are trained; null: all weights are
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.lora < 1:
+            raise ValueError(f"model.lora={self.lora}: must be 1 or more, or null, which trains all weights")
+
+    @cached_property
+    def outline(self) -> Outline:
+        """ValueError: there is no such model, or none that our attention can do."""
+        return self.model().outline_of(self)
+
+    def model(self) -> ModuleType:
+        """What needs transformers, which is optional. ValueError: it, or peft for ``lora``, is not installed."""
+        for package, wanted in (("transformers", True), ("peft", self.lora is not None)):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise ValueError(f"model={'hf' if package != 'peft' else f'hf model.lora={self.lora}'} needs {package}, {INSTALL}")
+        return importlib.import_module("ringspan.train.huggingface_model")
+
+    @property
+    def sizes(self) -> AttentionSizes:
+        return self.outline.attention
+
+    def vocabulary(self, n_tokens: int) -> int:
+        if n_tokens > self.outline.vocab_size:
+            raise ValueError(
+                f"model.path={self.path} knows {self.outline.vocab_size} tokens, and data.tokenizer has {n_tokens}: "
+                "give the tokenizer of that model"
+            )
+        return self.outline.vocab_size
+
+    def parameters(self, vocab_size: int) -> int:
+        return self.outline.trained
+
+    def matmul_parameters(self, vocab_size: int) -> int:
+        return self.outline.matmul
+
+    @property
+    def frozen_parameters(self) -> int:
+        return self.outline.frozen
+
+    def attention(self, *args: Any, **kwargs: Any) -> SequenceAttention:
+        return self.model().WindowedAttention(self.outline.windows, *args, **kwargs)
+
+    def maker(self, config: TrainConfig, vocab_size: int, attend: SequenceAttention) -> Make:
+        return self.model().maker(self, config)
+
+    def check(self, config: TrainConfig) -> None:
+        if not self.path:
+            raise ValueError("model.path: give a model's folder, or its name on the hub")
+        t = config.train
+        for name, asked, instead in (
+            ("train.activations", t.activations is Activations.recompute_keep_attention, "keep or recompute"),
+            ("train.recompute_layers", t.recompute_layers > 1, "1"),
+            ("train.offload", t.offload is not Offload.none, "none"),
+            ("train.mlp_tile", t.mlp_tile > 0, "0"),
+            ("train.compile", t.compile, "null or false"),
+            ("phases", any(phase.rope_base is not None for phase in config.phases), "phases without rope_base"),
+        ):
+            if asked:
+                value = getattr(config.train if name.startswith("train.") else config, name.removeprefix("train."))
+                raise ValueError(f"{name}={getattr(value, 'value', value)}: not with model=hf, which takes {instead}")
+        self.outline  # noqa: B018 - which finds out what else is amiss, before a worker starts
