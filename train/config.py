@@ -32,7 +32,6 @@ from ringspan.train.model import AnyModel, ModelConfig
 from ringspan.train.optim import OptimConfig
 from ringspan.train.phases import Phase, check_phases
 
-
 MODELS: dict[str, type[AnyModel]] = {"gpt": ModelConfig, "huggingface": HuggingFaceConfig}
 
 

@@ -90,6 +90,8 @@ class Engine:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = max(
             (shape.numel() for shape in shapes if len(shape) < 2), default=0
         )
+        if leaves := getattr(model, "gathered_at_once", []):
+            settings["zero_optimization"]["leaf_module"] = {"classes": leaves}
         optimizer = optimizer_of(model, optim, device)
         with redirect_stdout(io.StringIO()):  # one of its optimizers prints how much memory there is, eight times
             self.deepspeed: Any = deepspeed.initialize(
@@ -164,7 +166,6 @@ def deepspeed_settings(config: EngineConfig, dtype: torch.dtype, accumulation: i
         "zero_optimization": {
             "stage": config.zero,
             "reduce_bucket_size": 10**8,  # elements; by default 1 GB in bf16, and twice that again to sum them in fp32
-            "leaf_module": {"classes": ["ringspan.train.model.Layer"]},  # ZeRO-3 gathers a layer at once
             "memory_efficient_linear": False,  # would replace torch's linear for the whole process; ours needs no help
             **{name: HOST for name, wanted in offloaded.items() if wanted},
         },

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ringspan.train.checkpoint import Reader
-from ringspan.train.manifest import read_manifest
+from ringspan.train.huggingface_config import HuggingFaceConfig
+from ringspan.train.manifest import Manifest, read_manifest
 from ringspan.train.metrics import plain
 from ringspan.train.model import ModelConfig
 from ringspan.train.tensors import Entry, TensorFile, write
@@ -100,26 +101,44 @@ def exportable(config: dict[str, Any]) -> ModelConfig:
 def export(checkpoint: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> list[str]:
     """Write a checkpoint's weights to a new folder, one tensor in memory at a time; the files' names.
 
-    ValueError: the target is there already, or the model is none that transformers has.
+    Of a run with model=hf it is the model that was trained, or its adapters as peft reads them. ValueError: the target
+    is there already, or the model is none that transformers has.
     """
     if target.exists():
         raise ValueError(f"{target} is there already: give the name of a new folder")
     told = read_manifest(checkpoint)
-    model = exportable(told.saved.config["model"])
-    reader = Reader(checkpoint, told)
+    reader, model = Reader(checkpoint, told), told.saved.config["model"]
     half = target.with_name(f"{target.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
-    names = _write_shards(half, reader, parts(model, told.saved.vocab_size), dtype, shard_bytes)
-    about = {"dtype": str(dtype).removeprefix("torch."), "max_position_embeddings": told.saved.config["seq_len"]}
-    _write_json(half / "config.json", {**config_json(model, told.saved.vocab_size), **about})
+    if "path" in model:
+        single, mapping = _describe_theirs(half, model, told, dtype)
+    else:
+        single, mapping = SINGLE, _describe_ours(half, exportable(model), told, dtype)
+    _write_shards(half, reader, mapping, dtype, shard_bytes, single)
     half.rename(target)
-    return [*names, "config.json"]
+    return sorted(path.name for path in target.iterdir())
+
+
+def _describe_ours(folder: Path, model: ModelConfig, told: Manifest, dtype: torch.dtype) -> dict[str, Shapes]:
+    about = {"dtype": str(dtype).removeprefix("torch."), "max_position_embeddings": told.saved.config["seq_len"]}
+    _write_json(folder / "config.json", {**config_json(model, told.saved.vocab_size), **about})
+    return parts(model, told.saved.vocab_size)
+
+
+def _describe_theirs(
+    folder: Path, model: dict[str, Any], told: Manifest, dtype: torch.dtype
+) -> tuple[str, dict[str, Shapes]]:
+    """Of model=hf: (the file's name, what goes into it)."""
+    config = HuggingFaceConfig(**model)
+    names = config.model().described_in(folder, config, told.parameters, dtype)
+    single = SINGLE if config.lora is None else "adapter_model.safetensors"
+    return single, {ours: {theirs: tuple(told.parameters[ours])} for ours, theirs in names.items()}
 
 
 def _write_shards(
-    folder: Path, reader: Reader, mapping: dict[str, Shapes], dtype: torch.dtype, shard_bytes: int
-) -> list[str]:
+    folder: Path, reader: Reader, mapping: dict[str, Shapes], dtype: torch.dtype, shard_bytes: int, single: str
+) -> None:
     shards: list[dict[str, tuple[Entry, str, int]]] = [{}]  # of each file: what, from which of ours, where in it
     room = shard_bytes
     for ours, tensors in mapping.items():
@@ -132,15 +151,13 @@ def _write_shards(
             room -= entry.size
             shards[-1][theirs] = entry, ours, end - math.prod(shape)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE]
+    names = names if len(shards) > 1 else [single]
     for name, shard in zip(names, shards, strict=True):
         write(folder / name, {theirs: entry for theirs, (entry, *_) in shard.items()}, _read(reader, shard))
     if len(shards) > 1:
         size = sum(entry.size for shard in shards for entry, *_ in shard.values())
         places = {theirs: name for name, shard in zip(names, shards, strict=True) for theirs in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-        names.append(INDEX)
-    return names
 
 
 def _read(reader: Reader, shard: dict[str, tuple[Entry, str, int]]) -> Iterator[Tensor]:

@@ -24,9 +24,10 @@ class Outline(NamedTuple):
     attention: AttentionSizes
     windows: tuple[int | None, ...]  # of each layer: how many keys a query sees at most
     vocab_size: int  # rows of its head
+    dim: int  # its columns
     trained: int  # parameters
-    matmul: int  # parameters that a token is multiplied by: of the experts those it goes to
-    frozen: int  # of these, the ones that are not trained
+    matmul: int  # parameters that a token is multiplied by before the head: of the experts those it goes to
+    frozen: int  # of these and the head's, the ones that are not trained
 
 
 @dataclass(kw_only=True)
@@ -48,7 +49,9 @@ class HuggingFaceConfig(AnyModel):
         """What needs transformers, which is optional. ValueError: it, or peft for ``lora``, is not installed."""
         for package, wanted in (("transformers", True), ("peft", self.lora is not None)):
             if wanted and importlib.util.find_spec(package) is None:
-                raise ValueError(f"model={'hf' if package != 'peft' else f'hf model.lora={self.lora}'} needs {package}, {INSTALL}")
+                raise ValueError(
+                    f"model={'hf' if package != 'peft' else f'hf model.lora={self.lora}'} needs {package}, {INSTALL}"
+                )
         return importlib.import_module("ringspan.train.huggingface_model")
 
     @property
@@ -67,7 +70,7 @@ class HuggingFaceConfig(AnyModel):
         return self.outline.trained
 
     def matmul_parameters(self, vocab_size: int) -> int:
-        return self.outline.matmul
+        return self.outline.matmul + vocab_size * self.outline.dim
 
     @property
     def frozen_parameters(self) -> int:

@@ -9,13 +9,20 @@ by anything but attention, logits that are not hidden states times the head's ma
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
@@ -81,13 +88,13 @@ def outline_of(config: HuggingFaceConfig) -> Outline:
     quiet()
     about = described(config)
     seen, one = Seen(), torch.ones(1, 1, dtype=torch.int64)
+    about._experts_implementation = "batched_mm"  # the one whose shapes do not depend on what tokens choose
+    with torch.device("meta"):
+        model = skeleton(config, about, torch.float32)
     try:
-        about._experts_implementation = "batched_mm"  # the one whose shapes do not depend on what tokens choose
-        with torch.device("meta"):
-            model = skeleton(config, about, torch.float32)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(**inputs(one.to("meta"), one.to("meta"), seen))
-    except (ImportError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, ImportError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise refused(config, f"its forward does not run on our attention ({first_line(error)})") from error
     layers = about.get_text_config().num_hidden_layers
     if len(seen.sizes) != layers:
@@ -97,12 +104,14 @@ def outline_of(config: HuggingFaceConfig) -> Outline:
         raise refused(config, "its head adds a bias to the logits, which the fused loss cannot do")
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     matmul, trained = counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    heads, kv_heads, dim = map(max, zip(*seen.sizes, strict=True))
     return Outline(
-        AttentionSizes(layers, *map(max, zip(*seen.sizes, strict=True))),
+        AttentionSizes(layers, heads, kv_heads, dim),
         tuple(seen.windows),
         head.weight.shape[0],
+        head.weight.shape[1],
         trained,
-        matmul,
+        matmul - head.weight.numel(),
         matmul - trained if adapters else 0,
     )
 
@@ -112,10 +121,13 @@ def described(config: HuggingFaceConfig) -> PreTrainedConfig:
     try:
         about = AutoConfig.from_pretrained(config.path)
     except (OSError, ValueError, KeyError) as error:
-        raise refused(config, first_line(error)) from error
+        why = f"no folder with a config.json that transformers knows, and no such name on the hub ({first_line(error)})"
+        raise refused(config, why) from error
     drops = {key: x for key, x in about.get_text_config().to_dict().items() if DROPS.search(key)}
     if drawn := [f"{key}={value}" for key, value in drops.items() if isinstance(value, float) and value > 0]:
         raise refused(config, f"{', '.join(drawn)}: ranks would drop unlike parts; set it to 0.0 in its config.json")
+    if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise refused(config, f"transformers has no causal language model of {type(about).__name__}")
     if getattr(about, "quantization_config", None):
         raise refused(config, "its weights are quantised, and are not trained here")
     return about
@@ -172,11 +184,12 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor, positions: Tensor, see
     return model.base_model(**inputs(tokens, positions, seen)).last_hidden_state
 
 
-def loaded(config: HuggingFaceConfig, about: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """All of it on the host, in the dtype of its files. ValueError: see `require_apart`, or weights that are missing."""
+def loaded(config: HuggingFaceConfig, seed: int) -> PreTrainedModel:
+    """All of it on the host, in the dtype of its files. ValueError: as `require_apart`, or weights are missing."""
+    quiet()
     if config.pretrained:
         try:
-            model, told = AutoModelForCausalLM.from_pretrained(
+            model, told = cast(Any, AutoModelForCausalLM).from_pretrained(
                 config.path, dtype="auto", attn_implementation=NAME, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -185,7 +198,7 @@ def loaded(config: HuggingFaceConfig, about: PreTrainedConfig, seed: int) -> Pre
             raise refused(config, f"its files do not have {absent[0]} as its config.json says")
     else:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(about, dtype=torch.float32, attn_implementation=NAME)
+        model = AutoModelForCausalLM.from_config(described(config), dtype=torch.float32, attn_implementation=NAME)
     adapt(model, config.lora, model.dtype)
     require_apart(config, model)
     return model
@@ -225,6 +238,20 @@ def fill(model: PreTrainedModel, weights: dict[str, Tensor], buffers: dict[str, 
         setattr(model.get_submodule(owner), last, buffer.to(device))
 
 
+def described_in(folder: Path, config: HuggingFaceConfig, trained: Iterable[str], dtype: torch.dtype) -> dict[str, str]:
+    """Write config.json, or adapter_config.json. What Transformers, or peft, calls each parameter that is trained."""
+    about = described(config)
+    if config.lora is None:
+        about.dtype = dtype
+        about.save_pretrained(folder)
+        return {name: name.removeprefix("model.") for name in trained}
+    with torch.device("meta"):
+        adapters: Any = skeleton(config, about, dtype).peft_config["default"]
+    adapters.base_model_name_or_path, adapters.task_type = config.path, "CAUSAL_LM"
+    adapters.save_pretrained(folder)
+    return {name: f"base_model.{name.replace('.default.', '.')}" for name in trained}
+
+
 class CausalModel(nn.Module):
     """Called as `GPT` is."""
 
@@ -233,7 +260,7 @@ class CausalModel(nn.Module):
         self.model = model
         self.head = Head(model.get_output_embeddings().weight, z_loss)
 
-    def bfloat16(self) -> "CausalModel":
+    def bfloat16(self) -> CausalModel:
         """Parameters alone: DeepSpeed would round rotary frequencies, and far positions would lose all meaning."""
         for p in self.parameters():
             p.data = p.data.bfloat16()
@@ -248,12 +275,11 @@ class CausalModel(nn.Module):
 
 def maker(config: HuggingFaceConfig, run: TrainConfig) -> Make:
     """Rank 0 alone reads the weights, once; all ranks together. ValueError: they are not there, or not all."""
-    quiet()
     about = described(config)
     whole: list[PreTrainedModel] = []
 
     def load() -> dict[str, Tensor]:
-        whole.append(loaded(config, about, run.seed))
+        whole.append(loaded(config, run.seed))
         return dict(whole[0].named_buffers())
 
     buffers = from_rank_zero(load)

@@ -9,7 +9,7 @@ Shapes: B rows, S tokens of this rank, H query heads, K key-value heads, D head 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +74,9 @@ class AnyModel(ABC):
 
     @abstractmethod
     def maker(self, config: "TrainConfig", vocab_size: int, attend: SequenceAttention) -> Make:
-        """What makes it on a device, under ZeRO-3 already sharded. All ranks together. ValueError: weights are amiss."""
+        """What makes it on a device, under ZeRO-3 already sharded; all ranks together. ValueError: no such weights."""
 
+    @abstractmethod
     def check(self, config: "TrainConfig") -> None:
         """ValueError: there is no such model, or the run asks for what it cannot do."""
 
@@ -154,10 +155,14 @@ class ModelConfig(AnyModel):
 
     def maker(self, config: "TrainConfig", vocab_size: int, attend: SequenceAttention) -> Make:
         def make(device: torch.device, dtype: torch.dtype) -> nn.Module:
-            policy, drawn = config.train.policy(device.type), {"z_loss": config.train.z_loss, "seed": config.seed}
-            return GPT(self, vocab_size, attend, policy, device=device, dtype=dtype, **drawn)
+            drawn: dict[str, Any] = {"seed": config.seed, "device": device, "dtype": dtype}
+            policy = config.train.policy(device.type)
+            return GPT(self, vocab_size, attend, policy, z_loss=config.train.z_loss, **drawn)
 
         return make
+
+    def check(self, config: "TrainConfig") -> None:
+        """Its own rules are all there are."""
 
 
 def padded_vocabulary(n_tokens: int) -> int:
@@ -274,6 +279,8 @@ class GPT(nn.Module):
     ``device`` in ``dtype``, the same for the same ``seed`` on every rank; under ``deepspeed.zero.Init`` each is sharded
     as soon as it is drawn, so that no device ever holds the whole model.
     """
+
+    gathered_at_once: ClassVar = [f"{Layer.__module__}.{Layer.__qualname__}"]  # by ZeRO-3
 
     def __init__(
         self,

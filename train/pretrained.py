@@ -45,7 +45,9 @@ def find_model(path: Path) -> Pretrained:
     saved = read_manifest(path).saved
     config = saved.config
     if told := config["model"].get("path"):
-        raise ValueError(f"checkpoint={path}: of model=hf model.path={told}; launch/export.py writes it for transformers")
+        raise ValueError(
+            f"checkpoint={path}: of model=hf model.path={told}; launch/export.py writes it for transformers"
+        )
     first = Phase(seq_len=config["seq_len"])
     phases = [Phase(**phase) for phase in config["phases"]]
     data, folder = config["data"], Path(os.path.expanduser(config["data"]["path"] or ""))
