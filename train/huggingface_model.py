@@ -85,7 +85,6 @@ class Seen:
 
 def outline_of(config: HuggingFaceConfig) -> Outline:
     """From a forward of one token on the meta device. ValueError: why it cannot be trained here."""
-    quiet()
     about = described(config)
     seen, one = Seen(), torch.ones(1, 1, dtype=torch.int64)
     about._experts_implementation = "batched_mm"  # the one whose shapes do not depend on what tokens choose
@@ -118,6 +117,7 @@ def outline_of(config: HuggingFaceConfig) -> Outline:
 
 def described(config: HuggingFaceConfig) -> PreTrainedConfig:
     """ValueError: there is no such folder or model, or it asks for dropout or quantised weights."""
+    quiet()
     try:
         about = AutoConfig.from_pretrained(config.path)
     except (OSError, ValueError, KeyError) as error:
@@ -138,7 +138,7 @@ def refused(config: HuggingFaceConfig, why: str) -> ValueError:
 
 
 def first_line(error: BaseException) -> str:
-    return next(iter(str(error).split("\n")), type(error).__name__)
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def quiet() -> None:

@@ -86,9 +86,9 @@ def flops_per_step(
 ) -> float:
     """Forward and backward FLOPs that a step needs; recomputation is not counted.
 
-    A token costs 6 per parameter in a matrix product, of which 2 are for its gradient, that ``frozen`` ones do not have,
-    and 12 per layer, head dimension and key it really attends to: causal half, documents and windows. ``attended`` is
-    the number of (query, key) pairs of one head, all rows together, the mean of the layers.
+    A token costs 6 per parameter in a matrix product, 2 of them for its gradient, which ``frozen`` ones have not, and
+    12 per layer, head dimension and key it really attends to: causal half, documents and windows. ``attended`` is the
+    number of (query, key) pairs of one head, all rows together, the mean of the layers.
     """
     return (6.0 * matrix_parameters - 2.0 * frozen) * tokens + 12.0 * n_layers * n_heads * head_dim * attended
 
