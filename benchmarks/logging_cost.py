@@ -83,7 +83,7 @@ def measuring(device: torch.device) -> Callable[[int], object]:
     parameters = {str(i): torch.empty(8, 8, device=device) for i in range(9 * LAYERS)}
     flats = [torch.empty(8, device=device) for _ in range(4)]
     states = {flat: {"exp_avg": flat, "exp_avg_sq": flat, "step": torch.zeros(())} for flat in flats}
-    state: Any = SimpleNamespace(parameters=parameters, optimizer=SimpleNamespace(state=states))
+    state: Any = SimpleNamespace(frozen=[], parameters=parameters, optimizer=SimpleNamespace(state=states))
     meter = Meter(device, state)
 
     def act(_: int) -> None:

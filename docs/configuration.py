@@ -21,7 +21,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from ringspan.train.config import TrainConfig
+from ringspan.train.config import MODELS, TrainConfig
+from ringspan.train.huggingface_config import HuggingFaceConfig
+from ringspan.train.model import AnyModel, ModelConfig
 from ringspan.train.phases import Phase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +78,13 @@ def page() -> str:
 
 def parts_of(cls: type) -> list[Part]:
     found = [one for one in fields(cls) if isinstance(one.type, type) and is_dataclass(one.type)]
-    return [Part(one.name, typing.cast(type, one.type), f"{one.name}.", one.name) for one in found]
+    parts = []
+    for one in found:
+        kinds = (
+            {one.name: one.type} if one.type is not AnyModel else {"model": ModelConfig, "model=hf": HuggingFaceConfig}
+        )
+        parts += [Part(title, typing.cast(type, kind), f"{one.name}.", one.name) for title, kind in kinds.items()]
+    return parts
 
 
 def schema(command: str) -> type:
@@ -89,6 +97,7 @@ def schema(command: str) -> type:
 def section(part: Part) -> str:
     said = comments(part.cls)
     files = sorted(path.stem for path in (CONF / part.group).glob("*.yaml")) if part.group else []
+    files = [file for file in files if issubclass(part.cls, schema_of(CONF / part.group / f"{file}.yaml", part.cls))]
     values = of_files(part, files) if len(files) > 1 else {}
     heads = [
         "field",
@@ -124,9 +133,16 @@ def of_files(part: Part, files: list[str]) -> dict[str, dict[str, Any]]:
     return {file: plain(OmegaConf.merge(part.cls, *layers(CONF / part.group, file))) for file in files}
 
 
+def schema_of(path: Path, known: type) -> type:
+    """The class whose fields a file of a group has: that which it names, or the only one."""
+    named = OmegaConf.load(path).get("defaults", [])  # type: ignore[union-attr]
+    return next((MODELS[name[1:].partition("@")[0]] for name in named if name.startswith("/")), known)
+
+
 def layers(folder: Path, file: str) -> list[Any]:
     told = OmegaConf.load(folder / f"{file}.yaml")
     named = told.pop("defaults", [])  # type: ignore[union-attr, call-arg]
+    named = [name for name in named if name != "_self_" and not name.startswith("/")]
     return [*itertools.chain.from_iterable(layers(folder, name) for name in named), told]
 
 

@@ -31,9 +31,17 @@ def test_there_is_a_folder_for_every_part():
     assert set(GROUPS) == {*PARTS, "experiment", "hydra", "machine"}
 
 
+def llama(folder: Path) -> Path:
+    """A model of Transformers, without its weights."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 8}')
+    return folder
+
+
 @pytest.mark.parametrize("option", [f"{group}={file}" for group in (*PARTS, "experiment") for file in GROUPS[group]])
 def test_every_file_composes(option, tmp_path):
-    config = composed(option, f"data.cache={tmp_path}")
+    given = [f"model.path={llama(tmp_path)}"] if option == "model=hf" else []
+    config = composed(option, f"data.cache={tmp_path}", *given)
     check(config, world=config.nproc or 2, device_type="cuda")
 
 

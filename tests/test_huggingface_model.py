@@ -267,7 +267,9 @@ def test_what_would_go_wrong_in_silence_is_found_in_the_numbers(kind, fields, wh
         ({"train.compile": True}, r"train\.compile=True: not with model=hf, which takes null or false"),
         ({"phases": [Phase(step=3, seq_len=64, rope_base=1e6)]}, "which takes phases without rope_base"),
         ({"model.path": ""}, "model.path: give a model's folder, or its name on the hub"),
-        ({"model.path": "/no/such/folder"}, r"model\.path=/no/such/folder: no folder with a config\.json that transf"),
+        ({"model.path": "/no/such/folder"}, r"model\.path=/no/such/folder: no such folder"),
+        ({"model.path": str(Path(__file__).parent)}, r"there is no config\.json in this folder"),
+        ({"model.path": "owner/not_in_the_cache"}, r"model\.path=owner/not_in_the_cache: transformers finds no model"),
     ],
 )
 def test_what_is_not_there_for_such_models_is_refused(change, why, tmp_path):
@@ -277,6 +279,11 @@ def test_what_is_not_there_for_such_models_is_refused(change, why, tmp_path):
         setattr(getattr(config, part) if part else config, name, value)
     with pytest.raises(ValueError, match=why):
         config.model.check(config)
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer=bytes: the model has learned other tokens; give .*/tokenizer\.json"
+    ):
+        HuggingFaceConfig(path=str(tmp_path)).check(config)
     with pytest.raises(ValueError, match=r"init=x: model=hf has its first weights from model\.path"):
         find_weights("x", config.model)
 

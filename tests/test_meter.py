@@ -201,7 +201,7 @@ def test_what_is_elsewhere_or_the_model_s_is_not_counted_twice():
     q.ds_tensor = tensor(7, dtype=torch.bfloat16)  # ZeRO-3's shard
     flat, away = tensor(11), tensor(13, dtype=torch.float64).to("meta")
     kept = {flat: {"exp_avg": tensor(11), "step": 3}, away: {"exp_avg": away}, p: {"exp_avg": tensor(3, 5)}}
-    state: Any = SimpleNamespace(parameters={"p": p, "q": q}, optimizer=SimpleNamespace(state=kept))
+    state: Any = SimpleNamespace(frozen=[], parameters={"p": p, "q": q}, optimizer=SimpleNamespace(state=kept))
     assert held(state, torch.device("cpu")) == (2 * 15 + 2 * 7, 4 * 11 + 4 * 11 + 4 * 15)
 
 
@@ -210,7 +210,7 @@ def test_memory_of_a_gpu_is_what_the_allocator_has_more_than_before(monkeypatch)
     now = [5 * GIB]
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: now[0])
     monkeypatch.setattr("ringspan.train.meter.recorded", lambda device: ExitStack())
-    state: Any = SimpleNamespace(parameters={}, optimizer=SimpleNamespace(state={}))
+    state: Any = SimpleNamespace(frozen=[], parameters={}, optimizer=SimpleNamespace(state={}))
     meter = Meter(torch.device("cuda"), state)
     for is_logged in (True, False):
         with meter.step(logged=is_logged):

@@ -166,8 +166,8 @@ def _plain_number(said: str) -> str:
 
 def _unknown_key(key: str, part: Any) -> str:
     """``part``: the class that it would be a field of."""
-    parent = key.rpartition(".")[0]
-    return f"{key}: there is no such key; {_nearest(key, [f'{parent}.{x.name}'.strip('.') for x in fields(part)])}"
+    parent, dot, name = key.rpartition(".")
+    return f"{key}: there is no such key; {_nearest(name, [one.name for one in fields(part)], parent + dot)}"
 
 
 PLUGINS = {"submitit_slurm": "hydra-submitit-launcher", "optuna": "hydra-optuna-sweeper"}  # options, and their packages
@@ -180,6 +180,6 @@ def _unknown_option(error: MissingConfigException) -> str:
     return f"{group}={asked}: there is no such option; {_nearest(asked, list(error.options or []))}"
 
 
-def _nearest(asked: str, names: list[str]) -> str:
+def _nearest(asked: str, names: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(asked, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names))}"
+    return f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(prefix + x for x in sorted(names))}"

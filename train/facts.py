@@ -44,19 +44,20 @@ def facts(run: Trainer) -> dict[str, Any]:
         "first_micro_batch": run.batches.facts(run.done.rows_seen),
         "memory": budget.in_words(run.job, run.machine),
         "resumed": str(run.resumed) if run.resumed else "no",
-        **({"expected": expected(run, run.job)} if run.job else {}),
+        **({"expected": expected(run)} if run.job else {}),
         **({"init": c.init} if run.initial and not run.resumed else {}),
         **({"refused": run.refused} if run.refused else {}),
         **({"changed": ", ".join(run.changes)} if run.changes else {}),
     }
 
 
-def expected(run: Trainer, job: budget.Job) -> dict[str, Any]:
+def expected(run: Trainer) -> dict[str, Any]:
     """What the budget says of a step, for the documents of the first micro-batch: under the names of metrics.jsonl
     where those are measured. Seconds are known for GPUs whose peak is."""
     lengths = [n for row in run.batches.rows_after(run.done.rows_seen)[0] for n in run.batches.rows.lengths(row)]
     pairs = sum(n * (n + 1) / 2 for n in lengths)
-    job = replace(job, seq_len=run.phase.seq_len)
+    assert run.job is not None
+    job = replace(run.job, seq_len=run.phase.seq_len)
     # A job's documents are all of one length: that which attends to as many keys
     job = replace(job, document=max(1, round(2 * pairs / (job.micro_batch * job.seq_len) - 1)))
     now = budget.budget(job, run.machine)

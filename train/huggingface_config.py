@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.train.activations import Activations, Offload
+from ringspan.train.data import DataConfig, prepared_folder
 from ringspan.train.model import AnyModel, AttentionSizes, Make
 
 if TYPE_CHECKING:
     from ringspan.train.config import TrainConfig  # which needs the class here
 
-INSTALL = "which is not installed: pip install 'ringspan[transformers]'"
+HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # OWNER/NAME
 
 
 class Outline(NamedTuple):
@@ -47,11 +50,9 @@ class HuggingFaceConfig(AnyModel):
 
     def model(self) -> ModuleType:
         """What needs transformers, which is optional. ValueError: it, or peft for ``lora``, is not installed."""
-        for package, wanted in (("transformers", True), ("peft", self.lora is not None)):
-            if wanted and importlib.util.find_spec(package) is None:
-                raise ValueError(
-                    f"model={'hf' if package != 'peft' else f'hf model.lora={self.lora}'} needs {package}, {INSTALL}"
-                )
+        for package, asks in {"transformers": "model=hf", "peft": f"model.lora={self.lora}"}.items():
+            if (package != "peft" or self.lora) and importlib.util.find_spec(package) is None:
+                raise ValueError(f"{asks} needs {package}, which is not installed: pip install {package}")
         return importlib.import_module("ringspan.train.huggingface_model")
 
     @property
@@ -83,8 +84,7 @@ class HuggingFaceConfig(AnyModel):
         return self.model().maker(self, config)
 
     def check(self, config: TrainConfig) -> None:
-        if not self.path:
-            raise ValueError("model.path: give a model's folder, or its name on the hub")
+        self.check_folder(config.data)
         t = config.train
         for name, asked, instead in (
             ("train.activations", t.activations is Activations.recompute_keep_attention, "keep or recompute"),
@@ -98,3 +98,22 @@ class HuggingFaceConfig(AnyModel):
                 value = getattr(config.train if name.startswith("train.") else config, name.removeprefix("train."))
                 raise ValueError(f"{name}={getattr(value, 'value', value)}: not with model=hf, which takes {instead}")
         self.outline  # noqa: B018 - which finds out what else is amiss, before a worker starts
+
+    def check_folder(self, data: DataConfig) -> None:
+        folder = Path(self.path)
+        if not self.path:
+            raise ValueError("model.path: give a model's folder, or its name on the hub")
+        if not folder.is_dir():
+            if HUB.fullmatch(self.path):
+                return
+            raise ValueError(f"model.path={self.path}: no such folder")
+        if not (folder / "config.json").exists():
+            raise ValueError(f"model.path={self.path}: there is no config.json in this folder")
+        own = folder / "tokenizer.json"
+        if (
+            self.pretrained
+            and own.exists()
+            and data.tokenizer == "bytes"
+            and not all(map(prepared_folder, data.sources()))
+        ):
+            raise ValueError(f"data.tokenizer=bytes: the model has learned other tokens; give data.tokenizer={own}")

@@ -121,8 +121,7 @@ def described(config: HuggingFaceConfig) -> PreTrainedConfig:
     try:
         about = AutoConfig.from_pretrained(config.path)
     except (OSError, ValueError, KeyError) as error:
-        why = f"no folder with a config.json that transformers knows, and no such name on the hub ({first_line(error)})"
-        raise refused(config, why) from error
+        raise refused(config, f"transformers finds no model it knows ({first_line(error)})") from error
     drops = {key: x for key, x in about.get_text_config().to_dict().items() if DROPS.search(key)}
     if drawn := [f"{key}={value}" for key, value in drops.items() if isinstance(value, float) and value > 0]:
         raise refused(config, f"{', '.join(drawn)}: ranks would drop unlike parts; set it to 0.0 in its config.json")

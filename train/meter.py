@@ -76,7 +76,7 @@ def held(state: State, device: torch.device) -> tuple[int, int]:
     def size(x: Tensor) -> int:
         return x.numel() * x.element_size() if x.device.type == device.type else 0
 
-    own = list(state.engine.module.parameters())
+    own = [*state.parameters.values(), *state.frozen]
     shards = [p.ds_tensor for p in own if hasattr(p, "ds_tensor")]  # ZeRO-3: a parameter is empty but while it is used
     known = {id(p) for p in own}
     kept = [x for flat, states in state.optimizer.state.items() for x in (flat, *states.values())]

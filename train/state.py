@@ -40,8 +40,9 @@ class State:
 
     def __init__(self, engine: Any, zero: int, muon: Collection[str] = ()) -> None:
         self.engine, self.zero, self.muon = engine, zero, muon
-        named = engine.module.named_parameters()
-        self.parameters: dict[str, Any] = {name: p for name, p in named if p.requires_grad}  # DeepSpeed adds attributes
+        named: dict[str, Any] = dict(engine.module.named_parameters())  # DeepSpeed adds attributes
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self.frozen = [p for p in named.values() if not p.requires_grad]  # beside adapters; nothing to save
         self.runs = list(self._runs())
 
     def shapes(self) -> dict[str, list[int]]:
