@@ -173,7 +173,7 @@ def test_help_and_cfg_show_every_field(folder, monkeypatch, capfd):
     for name in field_names():
         assert name.rpartition(".")[2] in help_, f"{name} is not in conf/hydra/help/ringspan.yaml"
     assert "torchrun --nproc_per_node=4 launch/train.py" in help_
-    assert "model: 1b, llama8b, small, tiny" in help_
+    assert "model: 1b, hf, llama8b, small, tiny" in help_
     assert max(map(len, help_.splitlines())) <= 120
     assert script(monkeypatch, folder, "--cfg", "job") == 0
     cfg, err2 = capfd.readouterr()

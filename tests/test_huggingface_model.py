@@ -294,12 +294,9 @@ def test_packages_and_weights_that_are_missing_are_told(tmp_path, monkeypatch):
         huggingface_model.loaded(config, 0)
     with pytest.raises(ValueError, match=r"model\.lora=0: must be 1 or more, or null"):
         replace(config, lora=0)
-    for package, needs in (
-        ("peft", "model=hf model.lora=2 needs peft"),
-        ("transformers", "model=hf needs transformers"),
-    ):
+    for package, asks in (("peft", r"model\.lora=2"), ("transformers", "model=hf")):
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, missing=package: None if name == missing else name
         )
-        with pytest.raises(ValueError, match=f"{needs}, which is not installed: pip install"):
+        with pytest.raises(ValueError, match=f"{asks} needs {package}, which is not installed: pip install {package}"):
             config.model()
