@@ -22,6 +22,7 @@ from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.initial import find_weights
 from ringspan.train.loop import Trainer, train
 from ringspan.train.manifest import read_manifest
+from ringspan.train.optim import Optimizer
 from ringspan.train.phases import Phase
 from ringspan.train.pretrained import find_model
 
@@ -265,6 +266,7 @@ def test_what_would_go_wrong_in_silence_is_found_in_the_numbers(kind, fields, wh
         ({"train.offload": Offload.cpu}, r"train\.offload=cpu: not with model=hf, which takes none"),
         ({"train.mlp_tile": 8}, r"train\.mlp_tile=8: not with model=hf, which takes 0"),
         ({"train.compile": True}, r"train\.compile=True: not with model=hf, which takes null or false"),
+        ({"optim.name": Optimizer.muon}, r"optim\.name=muon: not with model=hf, which takes adamw"),
         ({"phases": [Phase(step=3, seq_len=64, rope_base=1e6)]}, "which takes phases without rope_base"),
         ({"model.path": ""}, "model.path: give a model's folder, or its name on the hub"),
         ({"model.path": "/no/such/folder"}, r"model\.path=/no/such/folder: no such folder"),

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ringspan.parallel.parts import within
-from ringspan.train.model import GPT
 from ringspan.train.muon import Muon
 from ringspan.train.optim import OptimConfig, optimizer_of
 from ringspan.train.state import State
@@ -67,7 +66,7 @@ class Engine:
 
     def __init__(
         self,
-        build: Callable[[torch.device, torch.dtype], GPT],
+        build: Callable[[torch.device, torch.dtype], nn.Module],
         config: EngineConfig,
         optim: OptimConfig,
         accumulation: int,

@@ -6,6 +6,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from ringspan.parallel.attention import SequenceAttention
 from ringspan.train.activations import Activations, Offload
 from ringspan.train.data import DataConfig, prepared_folder
 from ringspan.train.model import AnyModel, AttentionSizes, Make
+from ringspan.train.optim import Optimizer
 
 if TYPE_CHECKING:
     from ringspan.train.config import TrainConfig  # which needs the class here
@@ -92,10 +94,11 @@ class HuggingFaceConfig(AnyModel):
             ("train.offload", t.offload is not Offload.none, "none"),
             ("train.mlp_tile", t.mlp_tile > 0, "0"),
             ("train.compile", t.compile, "null or false"),
+            ("optim.name", config.optim.name is Optimizer.muon, "adamw"),
             ("phases", any(phase.rope_base is not None for phase in config.phases), "phases without rope_base"),
         ):
             if asked:
-                value = getattr(config.train if name.startswith("train.") else config, name.removeprefix("train."))
+                value = attrgetter(name)(config)
                 raise ValueError(f"{name}={getattr(value, 'value', value)}: not with model=hf, which takes {instead}")
         self.outline  # noqa: B018 - which finds out what else is amiss, before a worker starts
 

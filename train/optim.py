@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,11 +55,11 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return floor + (config.lr - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def optimizer_of(model: GPT, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """What ``config`` names."""
+def optimizer_of(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+    """What ``config`` names; Muon is for `GPT`, which tells its matrices."""
     if config.name is Optimizer.adamw:
         return adamw(model.parameters(), config)
-    matrices = model.matrices()
+    matrices = cast(GPT, model).matrices()
     rest = groups_of((p for name, p in model.named_parameters() if name not in matrices), config.weight_decay)
     hidden = [p for name, p in model.named_parameters() if name in matrices]
     groups = [{**group, "muon": False} for group in rest]
