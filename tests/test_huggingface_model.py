@@ -195,6 +195,7 @@ def test_positions_stay_exact_in_bf16(zero, root, text, ranks):
 
 def test_what_a_model_is_like_is_seen(tmp_path):
     config = HuggingFaceConfig(path=folder_of("Llama", tmp_path))
+    assert TrainConfig(model=config).train.policy("cuda").compiler is None
     gpt = job(tmp_path, "x", "", n_layers=2).model
     assert config.sizes == gpt.sizes
     assert config.matmul_parameters(261) == gpt.matmul_parameters(261)

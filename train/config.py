@@ -62,6 +62,8 @@ class TrainConfig:
         for name, least in (("seq_len", 1), ("steps", 1), ("seed", 0), ("nproc", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
+        if self.train.compile is None and not isinstance(self.model, ModelConfig):
+            self.train.compile = False  # so that what is told of a run is true of it
         check_phases(self.phases)
         for step in self.profile:
             if not 1 <= step <= self.steps:

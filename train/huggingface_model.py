@@ -288,7 +288,9 @@ def maker(config: HuggingFaceConfig, run: TrainConfig) -> Make:
             model = skeleton(config, about, dtype)
         fill(model, dict(whole.pop().named_parameters()) if whole else {}, buffers, device)
         if run.train.activations is Activations.recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Its name from 5.23 on, and before
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         return CausalModel(model, run.train.z_loss)
 
     return make
