@@ -287,7 +287,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     for arguments, said in (
         (("longest=true", "fastest=true"), "longest=true with fastest=true"),
         (("machine.unused=2",), "machine.unused=2"),
-        (("machine.gpu_gib=2",), "machine.gpu_gib: there is no such key; did you mean machine.gpus?"),
+        (("machine.gpu_gib=2",), "machine.gpu_gib: there is no such key; did you mean machine.gpu_memory_gib?"),
         (("vocab_size=-1",), "vocab_size=-1"),
         (("machine.gpu_memory_gib=1.5", "fastest=true"), "no mesh and policy fits 1 GPUs"),
     ):

@@ -232,7 +232,7 @@ def fill(model: PreTrainedModel, weights: dict[str, Tensor], buffers: dict[str, 
         with gathered([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
             if weights:
                 p.copy_(weights[name])
-    for name, buffer in buffers.items():  # in their own dtype, which ZeRO-3's makes its own
+    for name, buffer in buffers.items():  # learned ones among them, as an expert's bias; fp32 stays fp32
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, buffer.to(device))
 
@@ -258,12 +258,6 @@ class CausalModel(nn.Module):
         super().__init__()
         self.model = model
         self.head = Head(model.get_output_embeddings().weight, z_loss)
-
-    def bfloat16(self) -> CausalModel:
-        """Parameters alone: DeepSpeed would round rotary frequencies, and far positions would lose all meaning."""
-        for p in self.parameters():
-            p.data = p.data.bfloat16()
-        return self
 
     def expect(self, seq_len: int, rope_base: float | None = None) -> None:
         """Its positions are its own."""
