@@ -29,8 +29,9 @@ SPILLS = {
     (80, 192, 0.0, "dkdv_kernel"): 32,
     (90, 256, 0.0, "dkdv_kernel"): 64,
 }
-# Bytes that the compilers of Triton 3.6 and 3.9 spill where those of 3.7 and 3.8 do not.
-OTHER_COMPILER = 32 if triton.__version__.startswith(("3.6.", "3.9.")) else 0
+# Triton 3.6's compiler spills a few bytes where 3.7's and 3.8's do not; 3.9's, of a newer ptxas, everywhere a few more.
+OLD_COMPILER = 32 if triton.__version__.startswith("3.6.") else 0
+NEW_COMPILER = 32 if triton.__version__.startswith("3.9.") else 0
 KERNELS = ("forward_kernel", "dq_kernel", "dkdv_kernel")
 # (capability, head dim, dtype, softcap, accumulate): the shipped configurations on the GPUs that differ in them, the
 # options in turn; of fp32 only two head dims, as its unrolled products take long to compile. 192 is padded to 256.
@@ -72,7 +73,7 @@ def reports() -> Iterator[dict[tuple[object, str], Future[Report]]]:
 def test_fits_without_spills(reports, case, kernel):  # type: ignore[no-untyped-def]
     capability, head_dim, dtype, softcap, _ = case
     report = reports[case, kernel].result()
-    allowed = SPILLS.get((capability, head_dim, softcap, kernel), 0) + OTHER_COMPILER
+    allowed = SPILLS.get((capability, head_dim, softcap, kernel), OLD_COMPILER) + NEW_COMPILER
     assert report.stack <= allowed, f"{report.stack} bytes of spills at {report.registers} registers"
     assert report.shared <= SHARED[capability]
     if capability == 90 and dtype != torch.float32:
@@ -85,7 +86,7 @@ def test_delta_fits_without_spills(capability):  # type: ignore[no-untyped-def]
     arguments = (x, x, rows, rows, *x.stride()[:3], 64, 2)
     constants = {"HEAD_DIM": 128, "BLOCK_D": 128, "ROWS": ROWS, "HAS_DLSE": True}
     launch = ahead_of_time.Launch(delta_kernel, Config(0, 0, warps=4, stages=3), 2, arguments, constants)
-    assert ahead_of_time.build(launch, capability).stack <= OTHER_COMPILER
+    assert ahead_of_time.build(launch, capability).stack <= OLD_COMPILER + NEW_COMPILER
 
 
 @pytest.mark.parametrize("capability", SHARED)
