@@ -1,0 +1,104 @@
+"""The Hopper kernels' logic without a GPU, on the machine of `hopper_machine.py`: masks, merging, groups, barriers."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import hopper_language
+import pytest
+import torch
+from hopper_cases import Case, fuzz, run
+
+from ringspan.kernels import hopper_backend
+
+CASES = {
+    "causal": Case(queries=300, keys=300, heads=4, kv_heads=2),
+    "random": Case(mask="random", queries=260, keys=385, batch=2, dtype=torch.float16, seed=1),
+    "packed": Case(mask="packed", queries=397, keys=397, heads=3, kv_heads=1, batch=2, fused=True),
+    "window": Case(mask="window", queries=150, keys=700, seed=2),
+    "softcap": Case(queries=200, keys=200, softcap=5.0, heads=4, kv_heads=1),
+    "no key is seen": Case(mask="none", queries=70, keys=130, into=True),
+    "only the last key": Case(mask="last", queries=129, keys=129),
+    "ring step": Case(mask="random", queries=200, keys=300, into=True, seed=1),
+    "last ring step": Case(queries=193, keys=270, into=True, seed=2, heads=4, kv_heads=2),
+    "in a fixed order": Case(mask="packed", queries=500, keys=400, batch=2, deterministic=True, seed=3),
+    "softcapped ring step": Case(queries=150, keys=150, softcap=20.0, into=True, seed=3, deterministic=True),
+    "one query, one key": Case(queries=1, keys=1),
+}
+
+
+@pytest.fixture
+def machine() -> Iterator[Callable[[Case, int], dict[str, float]]]:
+    """`machine(case, seed)` runs it, with what happens when drawn from ``seed``; errors as `hopper_cases.run`."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(*size: Any, make: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
+        x = make(*size, **options)
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    def on_machine(case: Case, seed: int = 0) -> dict[str, float]:
+        with mock.patch.object(hopper_backend, "launch", functools.partial(hopper_language.launch, seed=seed)):
+            return run(case, "cpu")
+
+    with (
+        mock.patch.object(hopper_backend, "is_short", return_value=False),
+        mock.patch.object(torch, "empty", functools.partial(poisoned, make=empty)),
+        mock.patch.object(torch, "empty_like", functools.partial(poisoned, make=empty_like)),
+    ):
+        yield on_machine
+
+
+def require_good(machine: Callable[..., dict[str, float]], case: Case, seed: int) -> None:
+    errors = machine(case, seed)
+    assert max(errors.values()) <= 1.5, f"{errors} {case} {seed}"
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [*zip(CASES, itertools.cycle((64, 128)), strict=False)])
+def test_against_float64(machine, name, head_dim):  # type: ignore[no-untyped-def]
+    require_good(machine, replace(CASES[name], head_dim=head_dim), seed=head_dim)
+
+
+def test_random_cases(machine):  # type: ignore[no-untyped-def]
+    for seed, case in enumerate(fuzz(4, 6)):
+        require_good(machine, case, seed)
+
+
+def nothing(*arguments: Any, **options: Any) -> None: ...
+
+
+def freed_early(number: Any, threads: int) -> None:
+    """Goes on without the others, who are counted all the same."""
+    hopper_language.pass_by(number, threads)
+
+
+FAULTS = {
+    "no fence": ("forward", "fence_async_shared", nothing),
+    "no fence, in backward": ("backward", "fence_async_shared", nothing),
+    "a turn is not passed": ("forward", "pass_by", nothing),
+    "memory is filled while it is read": ("forward", "meet", freed_early),
+    "results are overwritten before they are stored": ("forward", "tma_store_wait", nothing),
+    "nobody waits for dq's memory": ("backward", "tma_store_wait", nothing),
+    "tiles come too late": ("forward", "mbarrier", mock.Mock(wraps=hopper_language.mbarrier, wait=nothing)),
+    "barriers of one arrival": ("forward", "barriers", lambda n, arrivals: hopper_language.Barriers(n, 1)),
+    "a product is used at once": (
+        "backward",
+        "warpgroup_mma_wait",
+        lambda n, deps: hopper_language.warpgroup_mma_wait(2, deps),
+    ),
+}
+
+
+def require_good_often(machine: Callable[..., dict[str, float]], case: Case) -> None:
+    for seed in range(5):
+        require_good(machine, case, seed)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(machine, fault):  # type: ignore[no-untyped-def]
+    where, name, broken = FAULTS[fault]
+    names = hopper_language.names_of(f"ringspan.kernels.hopper_{where}")
+    with mock.patch.dict(names, {name: broken}), pytest.raises(AssertionError):
+        require_good_often(machine, Case(queries=260, keys=400, mask="full", heads=1, kv_heads=1))
