@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -230,3 +233,28 @@ def test_an_empty_vocabulary_is_refused(tmp_path):
     tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="empty vocabulary"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_ctrl_c_is_heard_while_a_bpe_is_trained(tmp_path):
+    """Rust, which counts and merges for minutes, would keep the thread that it is called in from hearing it."""
+    stopped = threading.Event()
+
+    def texts():
+        assert threading.current_thread() is not threading.main_thread()
+        yield "one two"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.wait(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(texts(), 300, tmp_path / "x.json")
+    stopped.set()
+
+
+def test_a_mistake_in_the_text_ends_the_training_of_a_bpe(tmp_path):
+    def texts():
+        yield "one two"
+        raise ValueError("data.path: cannot be read")
+
+    with pytest.raises(ValueError, match=r"data\.path: cannot be read"):
+        train_bpe(texts(), 300, tmp_path / "x.json")
+    assert not list(tmp_path.iterdir())

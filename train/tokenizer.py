@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -217,10 +218,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> None:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _interruptible(lambda: tokenizer.train_from_iterator(texts, trainer))
     half = file.with_name(f"{file.name}.tmp")
     tokenizer.save(str(half))
     os.replace(half, file)  # a killed training leaves no half of a tokenizer
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Call it beside this thread, which hears Ctrl-C meanwhile: Rust would keep it from that for minutes."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _package(name: str, file: str) -> ModuleType:
