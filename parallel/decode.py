@@ -19,6 +19,7 @@ from torch import Tensor
 from ringspan.kernels.attention import accumulator, attention_forward
 from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.spans import Spans
+from ringspan.parallel.gather import all_gather
 from ringspan.parallel.layout import Layout
 
 
@@ -89,7 +90,7 @@ def merge(out: Tensor, lse: Tensor, group: dist.ProcessGroup) -> Tensor:
     """
     part = torch.cat([out, lse.transpose(1, 2)[..., None]], dim=-1)
     parts = part.new_empty((group.size(), *part.shape))
-    dist.all_gather_into_tensor(parts.view(-1, *part.shape[1:]), part, group=group)
+    all_gather(parts.view(-1, *part.shape[1:]), part, group=group)
     lse = parts[..., -1:]
     weights = (lse - lse.amax(dim=0).nan_to_num(neginf=0.0)).exp()
     total = weights.sum(dim=0)

@@ -33,7 +33,7 @@ from ringspan.parallel.transport import agree, group_by_name
 from ringspan.parallel.waiting import waiting
 
 OPERATOR = "gather_attention"  # of torch.ops.ringspan
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13, and before
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name since torch 2.13, and before
 
 
 class GatherPlan(NamedTuple):
@@ -103,7 +103,7 @@ def _gathered(k: Tensor, v: Tensor, where: Tensor, group: dist.ProcessGroup) -> 
     sent = torch.stack((k, v))
     everyone = sent.new_empty(group.size() * 2, *k.shape)
     with part("ring"), waiting(k.device):
-        _all_gather(everyone, sent, group=group)
+        all_gather(everyone, sent, group=group)
     k_all, v_all = (one.transpose(0, 1).flatten(1, 2) for one in everyone.unflatten(0, (-1, 2)).unbind(1))
     return k_all.index_select(1, where), v_all.index_select(1, where)
 
