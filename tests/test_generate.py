@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,16 @@ from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.decode import Cache
 from ringspan.parallel.layout import Layout
 from ringspan.parallel.mesh import Mesh
+from ringspan.train.data import DataConfig
 from ringspan.train.generate import Generator, Sampling, Streamed, pick
 from ringspan.train.huggingface import export
 from ringspan.train.loop import train
-from ringspan.train.manifest import checkpoints_in
+from ringspan.train.manifest import checkpoints_in, read_manifest
 from ringspan.train.model import GPT, ModelConfig
 from ringspan.train.phases import Phase
-from ringspan.train.pretrained import Pretrained, pick_tokenizer
-from ringspan.train.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from ringspan.train.prepare import PrepareConfig, prepare_folder
+from ringspan.train.pretrained import Pretrained, find_model, newest, pick_tokenizer, tokenizer_of
+from ringspan.train.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
 
 VOCABULARY = 61
 PROMPTS = [[5, 9, 2] * 13, [7], list(range(30))]
@@ -222,7 +225,11 @@ def test_launched_from_a_run_and_from_hugging_face_on_one_process_and_on_two(run
         (["checkpoint={run}"], "prompt: give it or prompt_file, and not both"),
         (["checkpoint={run}", "prompt=[a]", "top_p=2"], "top_p=2.0: must be above 0"),
         (["checkpoint={run}", "promt=[a]"], "promt: there is no such key; did you mean prompt?"),
-        (["checkpoint={run}/text", "prompt=[a]"], "no whole checkpoint here"),
+        (["checkpoint={run}/checkpoints", "prompt=[a]"], "/checkpoints: no whole checkpoint here; give a run's folder"),
+        (["checkpoint={run}/nothing", "prompt=[a]"], "/nothing: no such folder"),
+        (["checkpoint={run}", "prompt=a"], "prompt: must be a list; write 'prompt=[...]'"),
+        (["checkpoint={run}", "prompt=[a]", "temperature=nan"], "temperature=nan: must be a finite number"),
+        (["checkpoint={run}", "prompt_file=${{seeds}}"], "prompt_file: Interpolation key 'seeds' not found"),
         (["checkpoint={run}", "prompt_file=nothing.txt"], "prompt_file=nothing.txt: cannot be read as text"),
     ],
 )
@@ -243,9 +250,26 @@ def test_a_text_ends_where_its_document_does(run_dir, monkeypatch, capfd):
 
 
 def test_the_tokenizer_is_the_one_that_the_model_was_trained_with():
-    found = Pretrained(Path("x"), ModelConfig(), 320, Phase(seq_len=8), tokenizer=None, corpus=None)
+    found = Pretrained(Path("x"), ModelConfig(), 320, Phase(seq_len=8), tokenizer=None, fingerprint=None)
     assert pick_tokenizer(found, "bytes") == "bytes"
     with pytest.raises(ValueError, match=r"tokenizer: there is no tokenizer\.json in x"):
         pick_tokenizer(found, None)
     with pytest.raises(ValueError, match="tokenizer=bytes: not the one that the text of x was prepared with"):
-        pick_tokenizer(found._replace(tokenizer="bytes", corpus="of another"), None)
+        pick_tokenizer(found._replace(tokenizer="bytes", fingerprint="of another"), None)
+
+
+def test_the_tokenizer_of_a_run_is_known_by_its_text(run_dir, tmp_path):
+    assert find_model(run_dir)[4:6] == ("bytes", "bytes")
+    saved, prepared = read_manifest(newest(run_dir)).saved, tmp_path / "prepared"
+    train_bpe(["one two three " * 9], 300, tmp_path / "own.json")
+    (tmp_path / "text").write_text("one two")
+    asked = PrepareConfig(
+        out=str(prepared), data=DataConfig(path=str(tmp_path / "text"), tokenizer=str(tmp_path / "own.json"))
+    )
+    prepare_folder(asked, lambda *_: lambda size: None)
+    own = tokenizer_fingerprint(str(tmp_path / "own.json"))
+    for data in (DataConfig(path=str(prepared)), DataConfig(mixture={str(prepared): 1.0})):
+        assert tokenizer_of(saved, ModelConfig(), data) == ("bytes", own)
+    gone = DataConfig(path=str(tmp_path / "moved"))
+    assert tokenizer_of(replace(saved, vocab_size=448), ModelConfig(), gone) == (None, None)
+    assert tokenizer_of(saved, ModelConfig(), DataConfig(tokenizer="gone.json")) == ("gone.json", None)

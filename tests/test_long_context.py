@@ -269,7 +269,7 @@ def test_a_run_is_measured_on_what_it_has_held_out(run_dir, monkeypatch, tmp_pat
         (["checkpoint={run}", "rows=0"], "rows=0: must be 1 or more"),
         (["checkpoint={run}", "lengths=[8,0]"], "lengths=0: each must be 1 or more"),
         (["checkpoint={run}", "lenghts=[8]"], "lenghts: there is no such key; did you mean lengths?"),
-        (["checkpoint={run}/nothing"], "no whole checkpoint here"),
+        (["checkpoint={run}/nothing"], "nothing: no such folder"),
         (["checkpoint={llama}"], "text: a model in Hugging Face's layout brings none"),
         (["checkpoint={llama}", "text={books}"], "tokenizer: there is no tokenizer.json in"),
         (["checkpoint={llama}", "text=nothing", "tokenizer=bytes"], "text='nothing'"),

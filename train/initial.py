@@ -45,6 +45,12 @@ def find_weights(init: str | None, model: AnyModel) -> Folder | Checkpoint | Non
     path = Path(init)
     if (path / MANIFEST).exists():
         return Checkpoint(path, model)
+    if not (path / "config.json").exists():
+        what = "it has no config.json" if path.is_dir() else "no such folder"
+        raise ValueError(
+            f"init={init}: {what}; give a model's folder in Hugging Face's layout, or a checkpoint's, such as "
+            "runs/NAME/checkpoints/step-00000100"
+        )
     folder = Folder(path)
     folder.require(model)
     return folder

@@ -17,10 +17,11 @@ from ringspan.train.corpus import read_manifest as read_corpus
 from ringspan.train.data import DataConfig
 from ringspan.train.huggingface import DEFAULTS, Folder
 from ringspan.train.initial import open_weights
-from ringspan.train.manifest import MANIFEST, damage, find, read_manifest
+from ringspan.train.manifest import MANIFEST, Saved, damage, find, read_manifest
 from ringspan.train.model import GPT, Attend, ModelConfig
+from ringspan.train.needle import IDS
 from ringspan.train.phases import Phase, phase_at
-from ringspan.train.tokenizer import tokenizer_fingerprint
+from ringspan.train.tokenizer import ByteTokenizer, tokenizer_fingerprint
 
 Part = TypeVar("Part")
 TILE = 16_384  # tokens that all but attention is computed for at once: at an 8B model's width 1 GiB of an MLP in bf16
@@ -32,7 +33,7 @@ class Pretrained(NamedTuple):
     vocab_size: int
     trained: Phase  # the last rows that it was trained on: their length, and the base of their rotary positions
     tokenizer: str | None  # what is known of it; None: whoever uses the model has to say
-    corpus: str | None  # fingerprint of the tokenizer that prepared its text, where that is known
+    fingerprint: str | None  # of the tokenizer that prepared its text, where that is known
     data: DataConfig | None = None  # what a run was trained on
     digest: str | None = None  # of its tokens then
 
@@ -50,18 +51,23 @@ def find_model(path: Path) -> Pretrained:
         )
     first = Phase(seq_len=config["seq_len"])
     phases = [Phase(**phase) for phase in config["phases"]]
-    data, folder = config["data"], Path(os.path.expanduser(config["data"]["path"] or ""))
-    known = data["path"] is not None and is_corpus(folder)
-    return Pretrained(
-        path,
-        _typed(ModelConfig, config["model"]),
-        saved.vocab_size,
-        phase_at(phases, first, max(0, saved.step - 1)),
-        data["tokenizer"],
-        read_corpus(folder)["tokenizer"] if known else None,
-        _typed(DataConfig, data),
-        saved.data,
-    )
+    model, data = _typed(ModelConfig, config["model"]), _typed(DataConfig, config["data"])
+    trained = phase_at(phases, first, max(0, saved.step - 1))
+    return Pretrained(path, model, saved.vocab_size, trained, *tokenizer_of(saved, model, data), data, saved.data)
+
+
+def tokenizer_of(saved: Saved, model: ModelConfig, data: DataConfig) -> tuple[str | None, str | None]:
+    """(name, fingerprint) of what a run's text was tokenised by, as far as they are known."""
+    folders = [Path(os.path.expanduser(one.path)) for one in data.sources() if one.path]
+    if prepared := next(filter(is_corpus, folders), None):
+        return data.tokenizer, read_corpus(prepared)["tokenizer"]
+    tokens = ByteTokenizer.vocab_size + (IDS if data.needles else 0)
+    if data.tokenizer == "bytes" and saved.vocab_size != model.vocabulary(tokens):
+        return None, None  # prepared text needs no data.tokenizer, and it is no longer there
+    try:
+        return data.tokenizer, tokenizer_fingerprint(data.tokenizer)
+    except ValueError:  # its file is no longer there
+        return data.tokenizer, None
 
 
 def _typed(part: type[Part], values: dict[str, Any]) -> Part:
@@ -76,7 +82,9 @@ def newest(source: Path) -> Path:
         if (problem := damage(path, read_manifest(path))) is None:
             return path
         problems.append(f"{path.name}: {problem}")
-    raise ValueError(f"{source}: no whole checkpoint here{''.join(f'; {problem}' for problem in problems)}")
+    what = "no whole checkpoint here" if source.is_dir() else "no such folder"
+    told = "".join(f"; {problem}" for problem in problems)
+    raise ValueError(f"checkpoint={source}: {what}{told}; give a run's folder, or a checkpoint's with a {MANIFEST}")
 
 
 def _of_folder(path: Path) -> Pretrained:
@@ -114,8 +122,8 @@ def pick_tokenizer(found: Pretrained, asked: str | None) -> str:
     """The name of the model's tokenizer. ValueError: nobody knows it, or it is not the one that made its text."""
     name = asked or found.tokenizer
     if name is None:
-        raise ValueError(f"tokenizer: there is no tokenizer.json in {found.path}; give the path of one")
-    if found.corpus is not None and tokenizer_fingerprint(name) != found.corpus:
+        raise ValueError(f"tokenizer: there is no tokenizer.json in {found.path}; give the path of one, or bytes")
+    if found.fingerprint is not None and tokenizer_fingerprint(name) != found.fingerprint:
         raise ValueError(f"tokenizer={name}: not the one that the text of {found.path} was prepared with; give that")
     return name
 
