@@ -9,14 +9,13 @@ nproc is the number of GPUs, 0 for all of a host. Fields are those of launch/tra
 
 import sys
 from dataclasses import dataclass, field, replace
-from typing import cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ringspan.train.budget import Budget, Job, Machine, advice, budget, fastest, job_of, longest, switches
-from ringspan.train.command import CONF, run_hydra
+from ringspan.train.command import CONF, run_hydra, values
 from ringspan.train.config import TrainConfig, structured
 from ringspan.train.model import padded_vocabulary
 from ringspan.train.tokenizer import load_tokenizer
@@ -49,7 +48,7 @@ def main() -> int:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="budget")
 def on_job(cfg: DictConfig) -> None:
     try:
-        config = cast(BudgetConfig, OmegaConf.to_object(cfg))
+        config = values(cfg, BudgetConfig)
         asked, job = chosen(config)
     except ValueError as error:
         sys.exit(f"budget.py: {error}")

@@ -8,16 +8,15 @@ python launch/evaluate.py checkpoint=runs/NAME text=book.txt rows=4 needles=fals
 import sys
 import time
 from pathlib import Path
-from typing import cast
 
 import hydra
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.workers import check_devices, count_workers, run_on, tell
-from ringspan.train.command import CONF, run_hydra
+from ringspan.train.command import CONF, run_hydra, values
 from ringspan.train.files import replace, write_json
 from ringspan.train.long_context import EvaluateConfig, Evaluated, evaluate
 from ringspan.train.loop import pick_device
@@ -32,7 +31,7 @@ def main() -> int:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 def on_job(cfg: DictConfig) -> None:
     try:
-        config = cast(EvaluateConfig, OmegaConf.to_object(cfg))
+        config = values(cfg, EvaluateConfig)
         nproc = count_workers(config.nproc)
         check_devices(nproc)
         evaluated = run_on(nproc, measure, config)

@@ -6,16 +6,15 @@ python launch/generate.py checkpoint=my_llama nproc=4 prompt_file=book.txt     i
 """
 
 import sys
-from typing import cast
 
 import hydra
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.workers import check_devices, count_workers, run_on, tell
-from ringspan.train.command import CONF, run_hydra
+from ringspan.train.command import CONF, run_hydra, values
 from ringspan.train.generate import GenerateConfig, Written, generate
 from ringspan.train.loop import pick_device
 
@@ -29,7 +28,7 @@ def main() -> int:
 @hydra.main(version_base="1.3", config_path=CONF, config_name="generate")
 def on_job(cfg: DictConfig) -> None:
     try:
-        config = cast(GenerateConfig, OmegaConf.to_object(cfg))
+        config = values(cfg, GenerateConfig)
         nproc = count_workers(config.nproc)
         check_devices(nproc)
         written = run_on(nproc, write, config)

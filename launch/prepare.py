@@ -6,16 +6,16 @@ python launch/prepare.py data.path=hub:OWNER/NAME data.tokenizer=tokenizer.json 
 python launch/train.py data.path=prepared
 """
 
+import os
 import sys
 import time
-from typing import cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from ringspan.train.command import CONF, run_hydra
+from ringspan.train.command import CONF, run_hydra, values
 from ringspan.train.corpus import Corpus
 from ringspan.train.prepare import PrepareConfig, Read, prepare_folder
 
@@ -31,13 +31,14 @@ def main() -> int:
 def on_job(cfg: DictConfig) -> None:
     started = time.perf_counter()
     try:
-        config = cast(PrepareConfig, OmegaConf.to_object(cfg))
+        config = values(cfg, PrepareConfig)
         with Bars() as bars:
             corpus = prepare_folder(config, bars.start)
     except ValueError as error:
         sys.exit(f"prepare.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped; the same command goes on where it was")
+        say("stopped; the same command goes on where it was")
+        os._exit(1)  # at once: else this process would wait until `train_bpe` is done
     say(summary(corpus, config.out, time.perf_counter() - started))
 
 

@@ -193,8 +193,8 @@ def job_name() -> str:
 
 
 def forget_if_empty(run_dir: Path) -> None:
-    """A run that never started, or was looked at, leaves no folder: there is only Hydra's copy of the command in it."""
-    if [path.name for path in run_dir.iterdir()] == [".hydra"]:
+    """A run that never started, or was looked at, leaves no folder: it has no file but Hydra's copy of the command."""
+    if all(path.is_dir() or path.parent.name == ".hydra" for path in run_dir.rglob("*")):
         shutil.rmtree(run_dir)
 
 

@@ -5,6 +5,8 @@ import pytest
 from commands import LAUNCH, exit_code
 from hydra._internal.instantiate._instantiate2 import instantiate
 
+from ringspan.parallel import workers
+
 CALLBACK = ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x.path=ran"]
 
 
@@ -16,3 +18,21 @@ def test_a_configuration_runs_no_code(script, monkeypatch, capfd, tmp_path):
     said = f"{script}: hydra.callbacks: a configuration cannot run code here; delete that key\n"
     assert capfd.readouterr() == ("", said)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "generate.py", "train.py"])
+@pytest.mark.parametrize(
+    "raised, code, name", [(KeyboardInterrupt(), 130, "SIGINT"), (SystemExit(143), 143, "SIGTERM")]
+)
+def test_who_stops_a_command_sees_a_line(script, raised, code, name, monkeypatch, capfd, tmp_path):
+    """A SystemExit is how workers' ends are told, as of `launch_all`."""
+
+    def stopped(*_):
+        raise raised
+
+    monkeypatch.setattr(workers, "run_on", stopped)
+    monkeypatch.chdir(tmp_path)
+    given = {"train.py": ["model=tiny"], "generate.py": ["checkpoint=x", "prompt=[a]"], "evaluate.py": ["checkpoint=x"]}
+    assert exit_code(script, *given[script]) == code
+    assert capfd.readouterr() == ("", f"{script}: stopped by {name}\n")
+    assert not list(tmp_path.glob("runs/*")), "a run that never started left files"

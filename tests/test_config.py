@@ -114,6 +114,16 @@ MISTAKES = {  # besides those that docs/troubleshooting.md shows, which test_tro
     "train.hang_seconds=-1": "train.hang_seconds=-1.0: must be 0 or more",
     "data.path=empty.txt": "data.path='empty.txt'",
     "data.path=empty": "data.path='empty'",
+    "name=": "name: must not be empty",
+    "seq_len=2147483648": "seq_len=2147483648: a position is an int32, so at most 2147483647",
+    "phases=[{step:1,seq_len:2147483648}]": "seq_len=2147483648: a position is an int32",
+    "profile=3": "profile: must be a list; write 'profile=[...]'",
+    "engine.clip=nan": "engine.clip=nan: must be a finite number",
+    "phases=[{step:1,seq_len:8,rope_base:inf}]": "phases[0].rope_base=inf: must be a finite number",
+    "~model": "missing mandatory value: model",
+    "init=empty": "init=empty: it has no config.json; give a model's folder",
+    "--config-name=mars": "--config-name=mars: there is no such file",
+    "data.path=short.txt seq_len=8 train.attention=triton": "train.attention=triton cannot run here",
 }
 
 
@@ -121,6 +131,7 @@ MISTAKES = {  # besides those that docs/troubleshooting.md shows, which test_tro
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("a text\n")
     before = {path.name for path in tmp_path.iterdir()}
     yield tmp_path
     assert {path.name for path in tmp_path.rglob("*")} - before <= {"runs"}, "a run that never started left files"

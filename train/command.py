@@ -1,20 +1,28 @@
 """What the commands of launch/ share: values alone from a configuration, and one line about a mistake in it."""
 
+import math
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import hydra.utils
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+Config = TypeVar("Config")
+STOPPED = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}  # exit codes, as a shell has them
 
 # For hydra.main, as an absolute path: what a console script imports is a module to it, whose folders need __init__.py
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
 def run_hydra(on_job: Callable[[], object], script: str, schema: type) -> int:
-    """Call what ``hydra.main`` has made, for the command line. The exit code: 1 where Hydra or OmegaConf refuses."""
+    """Call what ``hydra.main`` has made, for the command line. The exit code: 1 where Hydra or OmegaConf refuses, 130
+    at a Ctrl-C that nobody else has heard."""
     hydra.utils.instantiate = _no_code
     # Hydra then raises what it would print, over several lines and with a hint at this very variable
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -25,7 +33,34 @@ def run_hydra(on_job: Callable[[], object], script: str, schema: type) -> int:
 
         print(f"{script}: {explain(error, schema)}", file=sys.stderr, flush=True)
         return 1
+    except (KeyboardInterrupt, SystemExit) as left:
+        code = left.code if isinstance(left, SystemExit) else 128 + signal.SIGINT
+        if code not in STOPPED:  # it has been told why
+            raise
+        print(f"{script}: stopped by {STOPPED[code]}", file=sys.stderr, flush=True)
+        return code
     return 0
+
+
+def values(cfg: DictConfig, schema: type[Config]) -> Config:
+    """The configuration as dataclasses. ValueError: it breaks their rules, or has a number that is not finite."""
+    try:
+        config = cast(Config, OmegaConf.to_object(cfg))
+    except OmegaConfBaseException as error:  # a value that is missing, or made of others that are
+        from ringspan.train.config import explain  # noqa: PLC0415 - imports torch, which preparing text does without
+
+        raise ValueError(explain(error, schema)) from error
+    for key, number in _floats(OmegaConf.to_container(cfg, resolve=True)):
+        if not math.isfinite(number):  # NaN passes every "must be above" and "must be below"
+            raise ValueError(f"{key}={number}: must be a finite number")
+    return config
+
+
+def _floats(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(tree, float):
+        yield key, tree
+    for name, part in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield from _floats(part, f"{key}.{name}".lstrip(".") if isinstance(tree, dict) else f"{key}[{name}]")
 
 
 def _no_code(*_: object, **__: object) -> object:

@@ -19,6 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from ringspan.parallel.mesh import ParallelConfig
 from ringspan.train import launcher  # noqa: F401 - the launcher that conf/run.yaml names
+from ringspan.train.command import values
 from ringspan.train.data import DataConfig
 from ringspan.train.data import check as check_data
 from ringspan.train.engine import EngineConfig
@@ -32,6 +33,7 @@ from ringspan.train.model import AnyModel, ModelConfig
 from ringspan.train.optim import OptimConfig
 from ringspan.train.phases import Phase, check_phases
 
+LONGEST = 2**31 - 1  # tokens of a row: a query's span ends behind its last key
 MODELS: dict[str, type[AnyModel]] = {"gpt": ModelConfig, "huggingface": HuggingFaceConfig}
 
 
@@ -62,6 +64,10 @@ class TrainConfig:
         for name, least in (("seq_len", 1), ("steps", 1), ("seed", 0), ("nproc", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
+        if not self.name:
+            raise ValueError("name: must not be empty; leave it out, and it is the time")
+        if (longest := max([self.seq_len, *(phase.seq_len for phase in self.phases)])) > LONGEST:
+            raise ValueError(f"seq_len={longest}: a position is an int32, so at most {LONGEST}")
         if self.train.compile is None and not isinstance(self.model, ModelConfig):
             self.train.compile = False  # so that what is told of a run is true of it
         check_phases(self.phases)
@@ -120,7 +126,7 @@ def typed(cfg: DictConfig) -> TrainConfig:
     for key, part in _keys(cfg):
         if key.rpartition(".")[2] not in {one.name for one in fields(part)}:  # OmegaConf takes +key=value
             raise ValueError(_unknown_key(key, part))
-    return cast(TrainConfig, OmegaConf.to_object(cfg))
+    return values(cfg, TrainConfig)
 
 
 def field_names(part: type = TrainConfig, prefix: str = "") -> Iterator[str]:
@@ -154,6 +160,8 @@ def explain(error: Exception, schema: type = TrainConfig) -> str:
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
         return _unknown_key(key, inner.object_type if is_dataclass(inner.object_type) else schema)
     told = " ".join(str(inner if key else error).split("full_key:")[0].split())
+    if "is not a ListConfig, list or tuple" in told:
+        return f"{key}: must be a list; write '{key}=[...]'"
     said = told + _plain_number(told)
     return f"{key}: {said}" if key and key not in said else said
 
@@ -177,6 +185,8 @@ PLUGINS = {"submitit_slurm": "hydra-submitit-launcher", "optuna": "hydra-optuna-
 
 def _unknown_option(error: MissingConfigException) -> str:
     group, _, asked = str(error.missing_cfg_file).rpartition("/")
+    if not group:
+        return f"--config-name={asked}: there is no such file in conf/; leave it out"
     if group.startswith("hydra/") and asked in PLUGINS:
         return f"{group}={asked}: it is a plugin's, which is not installed: pip install {PLUGINS[asked]}"
     return f"{group}={asked}: there is no such option; {_nearest(asked, list(error.options or []))}"
