@@ -42,7 +42,7 @@ ConfigStore.instance().store(name="budget_schema", node=structured(BudgetConfig)
 
 
 def main() -> int:
-    return run_hydra(on_job, "budget.py", BudgetConfig)
+    return run_hydra(on_job, "budget.py", BudgetConfig, __doc__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="budget")

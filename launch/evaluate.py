@@ -25,7 +25,7 @@ ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
 
 
 def main() -> int:
-    return run_hydra(on_job, "evaluate.py", EvaluateConfig)
+    return run_hydra(on_job, "evaluate.py", EvaluateConfig, __doc__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")

@@ -22,7 +22,7 @@ ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
 
 
 def main() -> int:
-    return run_hydra(on_job, "generate.py", GenerateConfig)
+    return run_hydra(on_job, "generate.py", GenerateConfig, __doc__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="generate")

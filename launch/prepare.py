@@ -24,7 +24,7 @@ NAMED = 10  # of what was left out
 
 
 def main() -> int:
-    return run_hydra(on_job, "prepare.py", PrepareConfig)
+    return run_hydra(on_job, "prepare.py", PrepareConfig, __doc__)
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="prepare")

@@ -1,11 +1,16 @@
 """What all commands of launch/ that read a configuration have in common."""
 
+import ast
+from pathlib import Path
+
 import hydra.utils
 import pytest
 from commands import LAUNCH, exit_code
 from hydra._internal.instantiate._instantiate2 import instantiate
+from omegaconf import OmegaConf
 
 from ringspan.parallel import workers
+from ringspan.train.command import CONF
 
 CALLBACK = ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x.path=ran"]
 
@@ -36,3 +41,16 @@ def test_who_stops_a_command_sees_a_line(script, raised, code, name, monkeypatch
     assert exit_code(script, *given[script]) == code
     assert capfd.readouterr() == ("", f"{script}: stopped by {name}\n")
     assert not list(tmp_path.glob("runs/*")), "a run that never started left files"
+
+
+@pytest.mark.parametrize("script", ["budget.py", "evaluate.py", "generate.py", "prepare.py"])
+def test_help_begins_with_how_it_is_used_and_names_the_fields(script, capfd):
+    assert exit_code(script, "--help") == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    usage = ast.get_docstring(ast.parse((LAUNCH / script).read_text()))
+    assert usage
+    assert out.startswith(usage + "\n\nfields, as name=value\n  ")
+    given = OmegaConf.load(Path(CONF, script).with_suffix(".yaml"))
+    for name in set(given) - {"defaults", "hydra", "name"}:
+        assert f"\n  {name}: " in out, f"{name} has no comment in conf/"

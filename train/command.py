@@ -20,9 +20,12 @@ STOPPED = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTER
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
 
 
-def run_hydra(on_job: Callable[[], object], script: str, schema: type) -> int:
+def run_hydra(on_job: Callable[[], object], script: str, schema: type, usage: str | None = None) -> int:
     """Call what ``hydra.main`` has made, for the command line. The exit code: 1 where Hydra or OmegaConf refuses, 130
-    at a Ctrl-C that nobody else has heard."""
+    at a Ctrl-C that nobody else has heard. ``usage``: what --help begins with; None: it is Hydra's."""
+    if usage and {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_of(script, usage))
+        return 0
     hydra.utils.instantiate = _no_code
     # Hydra then raises what it would print, over several lines and with a hint at this very variable
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -40,6 +43,14 @@ def run_hydra(on_job: Callable[[], object], script: str, schema: type) -> int:
         print(f"{script}: stopped by {STOPPED[code]}", file=sys.stderr, flush=True)
         return code
     return 0
+
+
+def help_of(script: str, usage: str) -> str:
+    """With the fields that the command's file in conf/ explains."""
+    lines = Path(CONF, script).with_suffix(".yaml").read_text(encoding="utf-8").splitlines()
+    fields = [f"  {line}" for line in lines if line[:1].isalpha() and " # " in line]
+    rest = "--cfg job shows all values, also of groups; docs/configuration.md explains each."
+    return "\n".join([usage.strip(), "", "fields, as name=value", *fields, "", rest])
 
 
 def values(cfg: DictConfig, schema: type[Config]) -> Config:
