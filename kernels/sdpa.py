@@ -159,7 +159,7 @@ def band(queries: int, keys: int, offset: int, left: int | None, right: int | No
 
 
 def _documents(queries: int, starts_q: Tensor, starts_k: Tensor, left: int | None, right: int | None) -> Spans:
-    """As ``_band``, in each document, whose last query stands at its last key."""
+    """As ``band``, in each document, whose last query stands at its last key."""
     starts_q, starts_k = (torch.cat([starts, starts[-1:]]).to(torch.int32) for starts in (starts_q, starts_k))
     query = torch.arange(queries, dtype=torch.int32, device=starts_q.device)
     # What comes after the last document is one more, of no keys

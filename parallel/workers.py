@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -245,6 +245,7 @@ class Crew:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.workers: list[SpawnProcess] = []
         self.reports: list[Connection] = []
+        self.told: dict[int, _Report | None] = {}  # by rank, of those that have had their last word
         cores = max(1, (os.cpu_count() or 1) // (job.nproc * crews))
         with deaf(), _seeing(devices):
             for rank in range(job.nproc):
@@ -274,18 +275,25 @@ class Crew:
             worker.terminate()
         self.asked = True
 
+    def listen(self) -> None:
+        """Take in what workers have to say: a pipe holds 64 KiB of it, and who says more waits for us to read."""
+        for rank, report in enumerate(self.reports):
+            if rank not in self.told and report.poll():
+                self.told[rank] = _read(report)
+
     def end(self) -> Any:
         """End who still runs. What became of the job: rank 0's result, a WorkerError or SystemExit(0)."""
         codes = [worker.exitcode for worker in self.workers]
         for worker in self.workers:
             worker.kill()
             worker.join()
-        told = [_read(report) for report in self.reports]
+        self.listen()
         if any(codes):
-            return WorkerError(_first_failure(codes, told))
+            return WorkerError(_first_failure(codes, self.told.values()))
         if None in codes:
             return WorkerError("it did not leave when it was asked to, and was ended")
-        return SystemExit(0) if told[0] is None else told[0].result  # None: they were asked to leave
+        last_word = self.told[0]
+        return SystemExit(0) if last_word is None else last_word.result  # None: they were asked to leave
 
 
 @contextmanager
@@ -304,11 +312,15 @@ def _seeing(devices: Sequence[str]) -> Iterator[None]:
 
 
 def _wait_for(crews: dict[int, Crew], signals: Signals) -> None:
-    """Until a worker has left, or for a moment."""
+    """Until a worker has left or has something to say, or for a moment."""
     if signals.received:
         for crew in crews.values():
             crew.ask_to_leave()
-    wait([worker.sentinel for crew in crews.values() for worker in crew.running], timeout=0.2)
+    leaving = [worker.sentinel for crew in crews.values() for worker in crew.running]
+    speaking = [one for crew in crews.values() for rank, one in enumerate(crew.reports) if rank not in crew.told]
+    wait([*leaving, *speaking], timeout=0.2)
+    for crew in crews.values():
+        crew.listen()
 
 
 class _Report(NamedTuple):
@@ -322,11 +334,11 @@ class _Report(NamedTuple):
 def _read(report: Connection) -> _Report | None:
     try:
         return report.recv()
-    except EOFError:  # it left, or was ended, without a word
+    except (EOFError, OSError):  # it left, or was ended, without a word or in the middle of it
         return None
 
 
-def _first_failure(codes: list[int | None], told: list[_Report | None]) -> str:
+def _first_failure(codes: list[int | None], told: Iterable[_Report | None]) -> str:
     """A worker reports before its sockets close, so the oldest failure is the cause and later ones are echoes."""
     failures = [(report.moment, report.failure) for report in told if report and report.failure]
     if failures:
@@ -349,9 +361,9 @@ def _work(rank: int, job: Job, port: int, reporter: Connection, cores: int) -> N
     try:
         with process_group(place):
             result = job.task(*job.args)
-        reporter.send(_Report(time.monotonic(), None, result))
+        reporter.send(_Report(time.monotonic(), None, result if rank == 0 else None))
     except Exception as error:  # whatever it is, the parent tells the user
-        reporter.send(_Report(time.monotonic(), tell(error)[-32_000:]))  # a pipe holds 64 KiB unread
+        reporter.send(_Report(time.monotonic(), tell(error)))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: the teardown of a group whose peers wait for us can hang

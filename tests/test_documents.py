@@ -311,7 +311,13 @@ def test_token_ids_masks_and_chat_turns(tmp_path):
         ("<|assistant|>\n", False, False),
         ("so.\n", True, True),
     ]
-    for bad in ({"text": [1]}, {"text": [1], "m": 3}, {"text": [1], "m": [1, 1]}, {"text": [1], "m": [2]}):
+    for bad in (
+        {"text": [1]},
+        {"text": [1], "m": 3},
+        {"text": [1], "m": [1, 1]},
+        {"text": [1], "m": [2]},
+        {"text": [1], "m": [[1]]},
+    ):
         with pytest.raises(ValueError, match=r"a\.jsonl line 1 has (a mask of|no list under)"):
             segments(bad, mask="m")
 

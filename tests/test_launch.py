@@ -236,6 +236,11 @@ def rank_sum(base: int) -> int:
     return int(total)
 
 
+def rank_sum_at_length(base: int) -> tuple[int, str]:
+    """A result that no pipe holds at once."""
+    return rank_sum(base), "long " * 40_000
+
+
 def fail_on_rank_one() -> None:
     if dist.get_rank() == 1:
         raise ZeroDivisionError("the true cause")
@@ -261,7 +266,7 @@ def hang(folder: str) -> None:
 
 
 def test_fresh_workers_give_rank_0_s_result(capfd):
-    assert run_on(2, rank_sum, 10) == 21
+    assert run_on(2, rank_sum_at_length, 10) == (21, "long " * 40_000)
     assert capfd.readouterr().err == ""
     assert not workers_left()
 

@@ -193,8 +193,10 @@ def check_writable(run_dir: str, size: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"probe-{os.getpid()}"
-        probe.write_text("can this be written?")
-        probe.unlink()
+        try:
+            probe.write_text("can this be written?")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"run_dir={run_dir}: {error.strerror} ({error.filename}); give another") from error
     require_room(folder, size)

@@ -237,6 +237,6 @@ def _ids(value: Any, name: str, mask: list[Any] | None) -> Segment:
         raise ValueError(f'has something else than token ids under "{name}"')
     if mask is None:
         return Segment(np.array(value, np.int64), np.ones(len(value), bool))
-    if len(mask) != len(value) or not set(mask) <= {0, 1}:
+    if len(mask) != len(value) or any(one not in (0, 1) for one in mask):
         raise ValueError(f"has a mask of {len(mask)} values for {len(value)} tokens, or others than 0 and 1")
     return Segment(np.array(value, np.int64), np.array(mask, bool))
