@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import re
 import resource
 import subprocess
@@ -348,3 +349,14 @@ def inspect(path: Path) -> dict[str, list[dict]]:
     for one in map(json.loads, lines):
         records.setdefault(one["type"], []).append(one[one["type"]])
     return records
+
+
+def test_a_loss_that_is_not_finite_is_told_and_left_out_of_what_is_written():
+    by_position = [(0, 1.0), (1, math.nan), (2, 2.0)]
+    measured = Measured(loss=math.inf, by_position=by_position, by_length={64: 800.0, 128: math.nan})
+    written = {"loss_by_length": {64: 800.0}, "loss_by_position": [(0, 1.0), (2, 2.0)], "needles_by_depth": {}}
+    assert measured.record() == written
+    assert measured.in_words() == "loss inf"
+    assert ["64", "800.0000", "inf"] in [line.split() for line in measured.tables().splitlines()]
+    assert list(measured.drawings()) == ["loss_by_position.svg"]
+    assert "nan" not in measured.drawings()["loss_by_position.svg"]

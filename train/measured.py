@@ -1,13 +1,14 @@
 """What an evaluation has found, as numbers, a line of evaluations.jsonl, tables and pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ringspan.train import picture
 from ringspan.train.needle import NEEDLES
 
+Key = TypeVar("Key")
 TITLE, X, Y = "loss by position in the document", "position", "nats a token"
 LENGTH_TITLE = "perplexity of the same text, by the tokens that are seen at once"
 NEEDLE_TITLE = "needles found, by tokens of the document (down) and depth of the needle (across)"
@@ -31,18 +32,23 @@ class Measured:
         return {name: value for name, value in found.items() if value is not None}
 
     def record(self) -> dict[str, Any]:
-        """An object of evaluations.jsonl, without its step."""
-        by_length = {"loss_by_length": self.by_length} if self.by_length else {}
-        return {**self.numbers(), **by_length, "loss_by_position": self.by_position, "needles_by_depth": self.needles}
+        """An object of evaluations.jsonl, without its step, and without what JSON has not: NaN and infinity."""
+        numbers, by_length = _finite(self.numbers().items()), _finite(self.by_length.items())
+        return {
+            **dict(numbers),
+            **({"loss_by_length": dict(by_length)} if by_length else {}),
+            "loss_by_position": _finite(self.by_position),
+            "needles_by_depth": self.needles,
+        }
 
     def drawings(self) -> dict[str, str]:
         """SVG pictures, by the names of their files."""
         drawn = {}
-        if len(self.by_length) > 1:
-            points = [(length, math.exp(loss)) for length, loss in self.by_length.items()]
+        points = _finite((length, _perplexity(loss)) for length, loss in self.by_length.items())
+        if len(points) > 1:
             drawn["perplexity_by_length.svg"] = picture.curve(points, LENGTH_TITLE, "tokens", "perplexity")
-        if len(self.by_position) > 1:
-            points = [(start + 1, loss) for start, loss in self.by_position]  # a logarithm has no 0
+        points = _finite((start + 1, loss) for start, loss in self.by_position)  # a logarithm has no 0
+        if len(points) > 1:
             drawn["loss_by_position.svg"] = picture.curve(points, TITLE, X, Y)
         if self.needles:
             lengths = [f"{length:,}" for length in self.needles]
@@ -54,8 +60,8 @@ class Measured:
         import wandb  # noqa: PLC0415 - takes a second, and rank 0 alone needs it
 
         drawn: dict[str, Any] = {}
-        if len(self.by_position) > 1:
-            table = wandb.Table([X, Y], [list(point) for point in self.by_position])
+        if len(points := _finite(self.by_position)) > 1:
+            table = wandb.Table([X, Y], [list(point) for point in points])
             drawn["eval/loss_by_position"] = wandb.plot.line(table, X, Y, title=TITLE)
         if self.needles:
             drawn["eval/needles_by_depth"] = wandb.Html(self.drawings()["needles.svg"])
@@ -82,8 +88,16 @@ def depths() -> list[str]:
     return [f"{(depth + 0.5) / NEEDLES:.0%}" for depth in range(NEEDLES)]
 
 
+def _finite(pairs: Iterable[tuple[Key, float]]) -> list[tuple[Key, float]]:
+    return [(key, value) for key, value in pairs if math.isfinite(value)]
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 709 else math.inf  # where math.exp raises OverflowError
+
+
 def _both(loss: float) -> list[str]:
-    return [f"{loss:.4f}", f"{math.exp(loss):.4g}"]
+    return [f"{loss:.4f}", f"{_perplexity(loss):.4g}"]
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
