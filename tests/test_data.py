@@ -47,6 +47,15 @@ def test_a_tokenizer_json_is_used(config, tmp_path):
     assert corpus.name == "text (tokenizer.json)"
 
 
+def test_token_ids_are_read_from_their_column_and_their_mask_from_its(config, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"ids": [5, 6, 7], "trained": [0, 1, 1]}\n')
+    given = replace(config, path=str(tmp_path / "rows.jsonl"), column="ids")
+    masked = open_corpus(replace(given, mask_column="trained"))
+    assert masked.tokens.tolist() == [5, 6, 7, 256]
+    assert masked.labelled.tolist() == [0, 1, 1, 1]
+    assert open_corpus(given).labelled is None
+
+
 def test_preparing_once_is_enough(config, monkeypatch):
     (folder,) = prepare(config)
     monkeypatch.setattr(data, "_write", None)  # not called again

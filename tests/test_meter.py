@@ -106,6 +106,7 @@ def observed(config) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
         trainer = Trainer(config, config.run_dir)
         trainer.run(lambda: False)
         trainer.close()
+    assert trainer.checkpoints.superfluous.keywords == {"keep": 1, "every": 3, "best": True}
     return observer.seen, {name: list(p.shape) for name, p in trainer.engine.model.named_parameters()}
 
 
@@ -114,7 +115,7 @@ def small(tmp_path_factory, ranks) -> SimpleNamespace:
     """A run of two ranks, its lines, and what its ranks saw."""
     root = tmp_path_factory.mktemp("meter")
     text = write_texts(root / "text", 5, 90)
-    loop = {"log_every": 2, "save_every": 1, "keep": 1}
+    loop = {"log_every": 2, "save_every": 1, "keep": 1, "keep_every": 3, "keep_best": True}
     config = job(root, "small", text, mesh=(1, 2, 1), zero=0, steps=STEPS, layout="striped", **loop)
     (first, shapes), (second, _) = ranks(2)(observed, config, timeout=200)
     lines = [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
