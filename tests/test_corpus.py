@@ -1,5 +1,6 @@
 """Tokens on disk and the figures about them."""
 
+import errno
 import json
 import math
 import os
@@ -143,3 +144,24 @@ def test_a_shard_that_was_found_right_is_not_read_again(tmp_path, monkeypatch):
     verify(tmp_path)
     verify(tmp_path)
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("left", ["", '{"00000": ['])
+def test_what_was_noted_of_hashes_and_is_broken_is_noted_anew(tmp_path, left):
+    write(tmp_path)
+    (tmp_path / "verified.json").write_text(left)
+    verify(tmp_path)
+    assert list(json.loads((tmp_path / "verified.json").read_text())) == ["00000"]
+
+
+def test_a_full_disk_keeps_no_corpus_from_being_read_and_gets_no_file_of_it(tmp_path, monkeypatch):
+    write(tmp_path)
+    before = set(tmp_path.iterdir())
+
+    def full(self, text, encoding):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    verify(tmp_path)
+    assert set(tmp_path.iterdir()) == before

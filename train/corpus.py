@@ -5,6 +5,7 @@ import json
 import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def verify(folder: Path) -> None:
     100 GB takes a minute or more. For the same reason one rank alone does it.
     """
     seen_file, seen = folder / "verified.json", {}
-    if seen_file.exists():
+    with suppress(OSError, ValueError):  # none is there yet, or a crash has left half of one: then all is read again
         seen = json.loads(seen_file.read_text(encoding="utf-8"))
     now = {}
     for shard in (Shard(**shard) for shard in read_manifest(folder)["shards"]):
@@ -176,8 +177,9 @@ def _write_if_allowed(file: Path, text: str) -> None:
     try:
         half.write_text(text, encoding="utf-8")
         half.rename(file)
-    except OSError:  # a folder that only others may write: then it is hashed each time
-        return
+    except OSError:  # a full disk, or a folder that only others may write: then it is hashed each time
+        with suppress(OSError):
+            half.unlink()
 
 
 def damaged(file: Path, what: str) -> ValueError:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ringspan.train.corpus import Shard
+from ringspan.train.files import replace
 from ringspan.train.reading import Segment
 from ringspan.train.tokenizer import Tokenizer
 
@@ -157,13 +158,6 @@ class Writer:
             self.open_bytes += unit.open_bytes
             found.append(counted)
         return np.concatenate(found)
-
-
-def replace(file: Path, text: str) -> None:
-    """All of it or nothing."""
-    half = file.with_name(f"{file.name}.tmp")
-    half.write_text(text, encoding="utf-8")
-    half.rename(file)
 
 
 def units(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
