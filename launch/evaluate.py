@@ -35,9 +35,11 @@ def on_job(cfg: DictConfig) -> None:
         nproc = count_workers(config.nproc)
         check_devices(nproc)
         evaluated = run_on(nproc, measure, config)
-        print(evaluated.measured.tables())
         folder = Path(config.out or f"evaluations/{time.strftime('%m%d-%H%M%S')}")
-        write(evaluated, folder)
+        try:
+            write(evaluated, folder)
+        finally:  # nothing is lost, neither by a folder that cannot be written nor by a reader that has gone
+            print(evaluated.measured.tables(), flush=True)
     except Exception as error:
         say(tell(error))
         sys.exit(1)
