@@ -42,10 +42,13 @@ def attention(
     exponents, fp32 (batch, heads, queries), whose gradient is honoured. A query without keys gives 0 and -inf.
     Results are the same bits at each run, but for the gradient of q on Hopper GPUs, where that has its price and is so
     under ``torch.use_deterministic_algorithms``.
-    ValueError: shapes, dtypes or a backend that do not fit.
+    ValueError: shapes, dtypes, a mask or a backend that do not fit.
     """
     masks = [spans] if isinstance(spans, (Spans, Plan)) else list(spans)
-    plans = [mask if isinstance(mask, Plan) else plan(mask.to(q.device), k.shape[1]) for mask in masks]
+    if not masks:
+        raise ValueError("spans is an empty list: give one mask or more")
+    keys = k.shape[1]
+    plans = [mask if isinstance(mask, Plan) else plan(mask.within(keys).to(q.device), keys) for mask in masks]
     check_shapes(q, k, v, plans, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     flat = [tensor for one in plans for tensor in one]

@@ -29,8 +29,11 @@ class Plan(NamedTuple):
 
 
 def plan(spans: Spans, keys: int) -> Plan:
-    """The plan of ``spans`` over ``keys`` keys, on the spans' device, without a host sync."""
-    transposed = spans.transpose(keys)
+    """The plan of ``spans`` over ``keys`` keys, on the spans' device, without a host sync.
+
+    ValueError: as of `Spans.within`.
+    """
+    transposed = spans.within(keys).transpose(keys)
     lo, hi = spans.lo.contiguous(), spans.hi.contiguous()
     query_order = _order(*_reach(lo, hi), lo[:, ::TILE])
     first, last = _reach(transposed.lo, transposed.hi)

@@ -160,6 +160,14 @@ class Spans:
                 )
         return self
 
+    def within(self, keys: int) -> Spans:
+        """Itself. ValueError: it is on the host and reaches past the keys, where kernels would read. On a GPU only a
+        sync could tell, and a compiler knows no values."""
+        known = self.hi.device.type == "cpu" and not torch.compiler.is_compiling()
+        if known and bool(((self.lo[:, :1] < 0) | (self.hi[:, -1:] > keys)).any()):  # neither ever falls
+            self.check(keys)
+        return self
+
     def pairs(self) -> Tensor:
         """Number of (query, key) pairs that are attended to: int64 (rows,)."""
         return (self.hi - self.lo).clamp(min=0).sum(dim=1, dtype=torch.int64)

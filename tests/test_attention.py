@@ -191,6 +191,10 @@ def test_compiled_and_selectively_checkpointed():
         ({"v": torch.zeros(1, 5, 2, 8)}, r"v \(1, 5, 2, 8\)"),
         ({"q": torch.zeros(1, 4, 4, 8).double()}, "one floating dtype"),
         ({"spans": Spans.causal(3)}, "the mask is for 3 queries"),
+        ({"spans": []}, "spans is an empty list"),
+        ({"spans": Spans.causal(4, 5)}, "hi reaches from 2 to 5: keys are 0 to 4"),
+        ({"spans": [Spans.full(4, 4), Spans.full(4, 5)]}, "keys are 0 to 4"),
+        ({"spans": Spans(*torch.tensor([[[-1] * 4], [[4] * 4]], dtype=torch.int32))}, "lo reaches from -1"),
         ({"sinks": torch.zeros(2)}, "one logit a head"),
         ({"backend": "cudnn"}, "must be one of auto, hopper"),
         (
