@@ -275,6 +275,12 @@ class Crew:
             worker.terminate()
         self.asked = True
 
+    @property
+    def news(self) -> list[Connection | int]:
+        """What is ready when a worker has left, or has something to say."""
+        silent = [report for rank, report in enumerate(self.reports) if rank not in self.told]
+        return [*silent, *(worker.sentinel for worker in self.running)]
+
     def listen(self) -> None:
         """Take in what workers have to say: a pipe holds 64 KiB of it, and who says more waits for us to read."""
         for rank, report in enumerate(self.reports):
@@ -316,9 +322,7 @@ def _wait_for(crews: dict[int, Crew], signals: Signals) -> None:
     if signals.received:
         for crew in crews.values():
             crew.ask_to_leave()
-    leaving = [worker.sentinel for crew in crews.values() for worker in crew.running]
-    speaking = [one for crew in crews.values() for rank, one in enumerate(crew.reports) if rank not in crew.told]
-    wait([*leaving, *speaking], timeout=0.2)
+    wait([one for crew in crews.values() for one in crew.news], timeout=0.2)
     for crew in crews.values():
         crew.listen()
 

@@ -33,7 +33,7 @@ class StandIn:
     looks = 3
     alive: ClassVar[list["StandIn"]] = []
     seen: ClassVar[list[tuple[object, tuple[str, ...], int]]] = []  # a job's arguments, its GPUs, jobs beside it
-    running: ClassVar[list[object]] = []  # processes
+    news: ClassVar[list[object]] = []
 
     def __init__(self, job: Job, devices: list[str], crews: int) -> None:
         self.job, self.devices, self.left = job, devices, self.looks
@@ -51,6 +51,9 @@ class StandIn:
     def ask_to_leave(self) -> None:
         self.asked = True
 
+    def listen(self) -> None:
+        pass
+
     def end(self) -> object:
         self.alive.remove(self)
         return SystemExit(0) if self.asked else self.job.task(*self.job.args)
@@ -59,7 +62,7 @@ class StandIn:
 @pytest.fixture
 def crews(monkeypatch):
     monkeypatch.setattr(workers, "Crew", StandIn)
-    monkeypatch.setattr(workers, "wait", lambda processes, timeout: None)
+    monkeypatch.setattr(workers, "wait", lambda news, timeout: None)
     monkeypatch.setattr(StandIn, "alive", [])
     monkeypatch.setattr(StandIn, "seen", [])
     return StandIn.seen
