@@ -7,16 +7,16 @@ holds 1 / ranks of the cache and reads no more than that for a token.
     cache = Cache(layout, group, starts=[0, 700], room=256)      # two prompts, the shorter one padded on the left
     cache.keep(k, v)                                             # of each layer in turn: this rank's shards
     cache.begin()                                                # a new token of each row
-    out = cache.attend(layer, q, k, v)                           # of each layer; all ranks together
+    out = cache.attend(q, k, v)                                  # of each layer in turn; all ranks together
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringspan.kernels.attention import accumulator, attention_forward
+from ringspan.kernels.attention import accumulator, attention_forward, sink_start
 from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.spans import Spans
 from ringspan.parallel.gather import all_gather
@@ -42,7 +42,8 @@ class Cache:
         self.pairs: list[tuple[Tensor, Tensor]] = []  # of each layer: (rows, len(slots), kv_heads, dim)
         self.rows = 0  # of ``slots`` that are in use
         self.own = False  # whether the newest token's are this rank's
-        self.plan: Plan | None = None
+        self.plans: dict[int | None, Plan] = {}  # of the newest token, by window
+        self.layers: Iterator[tuple[Tensor, Tensor]] = iter(())  # ``pairs`` of those that have not yet attended from it
 
     def keep(self, k: Tensor, v: Tensor) -> None:
         """One more layer's keys and values of the prompt: this rank's shard, (rows, positions, kv_heads, dim)."""
@@ -52,7 +53,7 @@ class Cache:
         self.pairs.append((pair[0], pair[1]))
 
     def begin(self) -> None:
-        """From here on, until the next call, the layers attend from one more token of each row, which sees itself.
+        """From here on, until the next call, each layer attends once, from one more token of each row: it sees itself.
 
         ValueError: there is no room for it.
         """
@@ -61,13 +62,33 @@ class Cache:
         slot, self.length = self.length, self.length + 1
         self.rows = int(torch.searchsorted(self.slots, self.length))
         self.own = self.rows > 0 and int(self.slots[self.rows - 1]) == slot
-        lo = torch.searchsorted(self.slots, self.starts).clamp(max=self.rows).to(torch.int32)[:, None]
-        self.plan = plan(Spans(lo, torch.full_like(lo, self.rows)).to(self.pairs[0][0].device), self.rows)
+        self.plans, self.layers = {}, iter(self.pairs)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-        """Attention of the newest token, (rows, 1, heads, dim), over all ranks' keys and its own ``k`` and ``v``."""
-        assert self.plan is not None, "begin() comes first"
-        keys, values = (x[:, : self.rows] for x in self.pairs[layer])
+    def plan(self, window: int | None) -> Plan:
+        """Which of this rank's keys the newest token sees: the last ``window`` of its row, or all."""
+        if window not in self.plans:
+            first = self.starts if window is None else self.starts.clamp(min=self.length - window)
+            lo = torch.searchsorted(self.slots, first).clamp(max=self.rows).to(torch.int32)[:, None]
+            spans = Spans(lo, torch.full_like(lo, self.rows))
+            self.plans[window] = plan(spans.to(self.pairs[0][0].device), self.rows)
+        return self.plans[window]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the newest token, (rows, 1, heads, dim), over all ranks' keys and its own ``k`` and ``v``.
+
+        ``window``, ``softcap`` and ``sinks`` are as in the layer's prefill.
+        """
+        keys, values = (x[:, : self.rows] for x in next(self.layers))
         if self.own:
             keys[:, -1:], values[:, -1:] = k, v
         alone = self.group.size() == 1
@@ -75,8 +96,10 @@ class Cache:
             q,
             keys,
             values,
-            self.plan,
+            self.plan(window),
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            into=sink_start(q, sinks) if sinks is not None and self.group.rank() == 0 else None,
             out_dtype=q.dtype if alone else accumulator(q.dtype),
             backend=self.backend,
         )

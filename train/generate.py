@@ -5,11 +5,13 @@ for tokens in generator(prompts, n=64, sampling=Sampling(temperature=0.8, top_p=
     ...                                                                # one token of each prompt, the same on all
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,15 +21,15 @@ from ringspan.kernels.spans import Spans
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.decode import Cache
 from ringspan.parallel.mesh import Mesh
-from ringspan.train.activations import in_tiles
+from ringspan.parallel.windows import Windowed
 from ringspan.train.agree import from_rank_zero
 from ringspan.train.engine import Dtype
-from ringspan.train.layer import LayerWeights, finish, project, turn, unpack
 from ringspan.train.model import GPT
 from ringspan.train.pretrained import find_model, load_model, pick_tokenizer
 from ringspan.train.tokenizer import load_tokenizer
 
-TILE = 16_384  # tokens of a prompt's shard that an MLP is computed for at once: at an 8B model's width 1 GiB in bf16
+if TYPE_CHECKING:
+    from ringspan.train.huggingface_model import CausalModel  # which needs transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Sampling:
 class Generator:
     """Made and called by all ranks of a mesh together, which is one ring: every rank has the whole model."""
 
-    def __init__(self, model: GPT, mesh: Mesh, backend: str = "auto") -> None:
+    def __init__(self, model: GPT | CausalModel, mesh: Mesh, backend: str = "auto") -> None:
         assert mesh.ring == mesh.world, "a batch is not shared out here, and heads stay together"
         self.model, self.group = model, mesh.ring_group
         self.attend = SequenceAttention(mesh, "balanced", backend)
@@ -84,45 +86,29 @@ class Generator:
         spans = Spans.causal(length).padded(starts, length)
         layout = self.attend.layout(spans)
         cache = Cache(layout, self.group, starts=starts, room=room, backend=self.attend.backend)
-        mine, plan = self.attend.local_positions(layout), self.attend.plan(spans, self.device, layout)
+        mine = self.attend.local_positions(layout)
+        ring = Windowed(self.attend, spans, self.device, layout)
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
             cache.keep(k, v)
-            return self.attend(q, k, v, plan)
+            return ring(q, k, v, **given)
 
-        hidden = self._forward(rows[:, mine.clamp(min=0)], mine - cache.starts[:, None], attend)
-        last = hidden.new_zeros(len(prompts), hidden.shape[-1])
-        if len(at := (mine == length - 1).nonzero()):
-            last += hidden[:, int(at)]
-        dist.all_reduce(last, group=self.group)
-        return cache, self._logits(last)
+        last = (mine == length - 1).nonzero().flatten().tolist()
+        logits = self._logits(rows[:, mine.clamp(min=0)], mine - cache.starts[:, None], attend, *last)
+        if not last:  # another rank has it
+            logits.zero_()
+        dist.all_reduce(logits, group=self.group)
+        return cache, logits
 
     def _step(self, cache: Cache, tokens: Tensor) -> Tensor:
         """Logits of what follows one more token of each row."""
         position = cache.length - cache.starts[:, None]
         cache.begin()
-        return self._logits(self._forward(tokens[:, None], position, cache.attend)[:, -1])
+        return self._logits(tokens[:, None], position, cache.attend)
 
-    def _forward(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """The last layer's output (rows, tokens, dim) for int64 (rows, tokens); ``attend(layer, q, k, v)``."""
-        model, sizes = self.model, self.model.run_layers.sizes
-        x = model.embedding(tokens.to(self.device))
-        cos, sin = model.rope(positions.clamp(min=0).to(self.device), x.dtype)
-
-        def run(w: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-                packed = project(x, w, sizes)
-                return *turn(packed, cos, sin, w, sizes), unpack(packed, sizes)[2]
-
-            out = attend(number, *in_tiles(before, TILE, x, cos, sin))
-            return in_tiles(lambda x, out: finish(x, out, w, sizes)[:1], TILE, x, out)[0]
-
-        for number, layer in enumerate(model.layers):  # noqa: B007 - `run` reads it
-            x = layer(x, cos, sin, run)
-        return x
-
-    def _logits(self, last: Tensor) -> Tensor:
-        logits = self.model.norm(last) @ self.model.head.weight.T
+    def _logits(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor], at: int = 0) -> Tensor:
+        """(rows, vocabulary) of what follows token ``at``, for int64 (rows, tokens)."""
+        logits = self.model.logits(tokens.to(self.device), positions.clamp(min=0).to(self.device), attend, at)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -225,7 +211,7 @@ def generate(
     attend = SequenceAttention(mesh, "balanced")
     length = max(map(len, prompts)) + config.tokens
     dtype = torch.bfloat16 if bf16 else torch.float32
-    model = load_model(found, attend, device, dtype, length, tokenizer.vocab_size)
+    model = load_model(found, attend, device, dtype, length, tokenizer.vocab_size, losses=False)
     streams = [Streamed(tokenizer.decode, prompt[-4:]) for prompt in prompts]
     going, first, written = set(range(len(prompts))), 0.0, 0
     tell = tell if mesh.ring_rank == 0 else lambda *_: None

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ringspan.parallel.attention import SequenceAttention
+from ringspan.parallel.windows import WindowedAttention
 from ringspan.train.activations import Activations, Offload
 from ringspan.train.data import DataConfig, prepared_folder
 from ringspan.train.model import AnyModel, AttentionSizes, Make
@@ -28,6 +29,7 @@ class Outline(NamedTuple):
 
     attention: AttentionSizes
     windows: tuple[int | None, ...]  # of each layer: how many keys a query sees at most
+    longest: int  # tokens of the rows that it was made for; 1: it does not say
     vocab_size: int  # rows of its head
     dim: int  # its columns
     trained: int  # parameters
@@ -80,10 +82,11 @@ class HuggingFaceConfig(AnyModel):
         return self.outline.frozen
 
     def attention(self, *args: Any, **kwargs: Any) -> SequenceAttention:
-        return self.model().WindowedAttention(self.outline.windows, *args, **kwargs)
+        return WindowedAttention(self.outline.windows, *args, **kwargs)
 
     def maker(self, config: TrainConfig, vocab_size: int, attend: SequenceAttention) -> Make:
-        return self.model().maker(self, config)
+        recompute = config.train.activations is Activations.recompute
+        return self.model().maker(self, config.seed, z_loss=config.train.z_loss, recompute=recompute)
 
     def check(self, config: TrainConfig) -> None:
         self.check_folder(config.data)
@@ -100,6 +103,7 @@ class HuggingFaceConfig(AnyModel):
             if asked:
                 value = attrgetter(name)(config)
                 raise ValueError(f"{name}={getattr(value, 'value', value)}: not with model=hf, which takes {instead}")
+        self.model().require_no_dropout(self)
         self.outline  # noqa: B018 - which finds out what else is amiss, before a worker starts
 
     def check_folder(self, data: DataConfig) -> None:

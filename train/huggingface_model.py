@@ -1,19 +1,21 @@
 """Any causal model of Transformers in our loop: on our attention, sharded over ranks, with our fused loss.
 
 What such a model is like is not read from its configuration, of which every architecture has its own, but seen: its
-forward runs on the meta device, where attention only notes what it is asked for. And what would go wrong in silence
-where each rank has a part of a row is looked for in numbers, once the weights are there: tokens that see one another
-by anything but attention, logits that are not hidden states times the head's matrix.
+forward runs on the meta device, where attention only notes what it is asked for. What would go wrong in silence is
+looked for in numbers, once the weights are there: see train/transformers_model.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -26,87 +28,46 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from ringspan.kernels.spans import Spans
-from ringspan.parallel.attention import SequenceAttention
-from ringspan.parallel.layout import Layout
-from ringspan.train.activations import Activations
+from ringspan.parallel.windows import Windowed
 from ringspan.train.agree import from_rank_zero
-from ringspan.train.engine import import_deepspeed
 from ringspan.train.huggingface_config import HuggingFaceConfig, Outline
 from ringspan.train.model import AttentionSizes, Head, Make
-from ringspan.train.transformers_attention import NAME, Sharded, refuse_other_masks, register, windowed
-
-if TYPE_CHECKING:
-    from ringspan.train.config import TrainConfig
+from ringspan.train.transformers_attention import NAME, register
+from ringspan.train.transformers_model import alone, hidden_states, inputs, why_not_apart, why_not_fused
 
 DROPS = re.compile(r"^(?!summary|classifier).*(dropout|pdrop)")  # not those of heads that are no language model's
-LARGE = 1000.0  # logits that a softcap would show in
-
-
-class WindowedAttention(SequenceAttention):
-    """For layers that see unlike windows, given for each: a model is given the plans of all, and counts are means."""
-
-    def __init__(self, windows: tuple[int | None, ...], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.windows = windows
-
-    def plans(self, spans: Spans, device: torch.device | str, layout: Layout) -> Sharded:
-        sharded = Sharded(self, spans, torch.device(device), layout)
-        for window in set(self.windows):
-            sharded.plan_of(window)
-        return sharded
-
-    def pairs(self, spans: Spans) -> float:
-        return self._mean(lambda seen: int(seen.pairs().sum()), spans)
-
-    def imbalance(self, spans: Spans, layout: Layout) -> float:
-        return self._mean(lambda seen: super(WindowedAttention, self).imbalance(seen, layout), spans)
-
-    def _mean(self, count: Callable[[Spans], float], spans: Spans) -> float:
-        counts = {window: count(windowed(spans, window)) for window in set(self.windows)}
-        return sum(counts[window] for window in self.windows) / len(self.windows)
-
-
-class Seen:
-    """In the place of `Sharded`: every token attends to itself alone, and what layers ask for is noted."""
-
-    def __init__(self) -> None:
-        self.windows: list[int | None] = []
-        self.sizes: list[tuple[int, int, int]] = []  # query heads, key-value heads, dim
-
-    def plan(self, module: nn.Module, window: int | None, mask: Any) -> None:
-        refuse_other_masks(module, window, mask)
-        self.windows.append(window)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        self.sizes.append((q.shape[2], k.shape[2], q.shape[3]))
-        return v.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
 
 
 def outline_of(config: HuggingFaceConfig) -> Outline:
-    """From a forward of one token on the meta device. ValueError: why it cannot be trained here."""
-    about = described(config)
-    seen, one = Seen(), torch.ones(1, 1, dtype=torch.int64)
+    """From a forward of one token on the meta device. ValueError: our attention cannot do it."""
+    about, one = described(config), torch.ones(1, 1, dtype=torch.int64, device="meta")
+    windows: list[int | None] = []
+    sizes: list[tuple[int, int, int]] = []  # of each layer: query heads, key-value heads, dim
+
+    def note(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **_: Any) -> Tensor:
+        windows.append(window)
+        sizes.append((q.shape[2], k.shape[2], q.shape[3]))
+        return alone(q, k, v)
+
     about._experts_implementation = "batched_mm"  # the one whose shapes do not depend on what tokens choose
     with torch.device("meta"):
-        model = skeleton(config, about, torch.float32)
+        model = skeleton(config, about, torch.float32).eval()
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(**inputs(one.to("meta"), one.to("meta"), seen))
+            model(**inputs(one, one, note))
     except (ValueError, ImportError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise refused(config, f"its forward does not run on our attention ({first_line(error)})") from error
     layers = about.get_text_config().num_hidden_layers
-    if len(seen.sizes) != layers:
-        raise refused(config, f"it has {layers} layers, and {len(seen.sizes)} of them ask Transformers for attention")
+    if len(sizes) != layers:
+        raise refused(config, f"it has {layers} layers, and {len(sizes)} of them ask Transformers for attention")
     head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise refused(config, "its head adds a bias to the logits, which the fused loss cannot do")
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     matmul, trained = counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    heads, kv_heads, dim = map(max, zip(*seen.sizes, strict=True))
+    heads, kv_heads, dim = map(max, zip(*sizes, strict=True))
     return Outline(
         AttentionSizes(layers, heads, kv_heads, dim),
-        tuple(seen.windows),
+        tuple(windows),
+        getattr(about.get_text_config(), "max_position_embeddings", 1),
         head.weight.shape[0],
         head.weight.shape[1],
         trained,
@@ -116,20 +77,24 @@ def outline_of(config: HuggingFaceConfig) -> Outline:
 
 
 def described(config: HuggingFaceConfig) -> PreTrainedConfig:
-    """ValueError: there is no such folder or model, or it asks for dropout or quantised weights."""
+    """ValueError: there is no such folder or model, or its weights are quantised."""
     quiet()
     try:
         about = AutoConfig.from_pretrained(config.path)
     except (OSError, ValueError, KeyError) as error:
         raise refused(config, f"transformers finds no model it knows ({first_line(error)})") from error
-    drops = {key: x for key, x in about.get_text_config().to_dict().items() if DROPS.search(key)}
-    if drawn := [f"{key}={value}" for key, value in drops.items() if isinstance(value, float) and value > 0]:
-        raise refused(config, f"{', '.join(drawn)}: ranks would drop unlike parts; set it to 0.0 in its config.json")
     if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise refused(config, f"transformers has no causal language model of {type(about).__name__}")
     if getattr(about, "quantization_config", None):
-        raise refused(config, "its weights are quantised, and are not trained here")
+        raise refused(config, "its weights are quantised, which ours are not")
     return about
+
+
+def require_no_dropout(config: HuggingFaceConfig) -> None:
+    """ValueError: training would draw something."""
+    drops = {key: x for key, x in described(config).get_text_config().to_dict().items() if DROPS.search(key)}
+    if drawn := [f"{key}={value}" for key, value in drops.items() if isinstance(value, float) and value > 0]:
+        raise refused(config, f"{', '.join(drawn)}: ranks would drop unlike parts; set it to 0.0 in its config.json")
 
 
 def refused(config: HuggingFaceConfig, why: str) -> ValueError:
@@ -172,19 +137,8 @@ def adapt(model: PreTrainedModel, rank: int | None, dtype: torch.dtype) -> None:
             p.data = p.data.to(dtype)
 
 
-def inputs(tokens: Tensor, positions: Tensor, seen: Any) -> dict[str, Any]:
-    """Of a forward. A mask of ones: without one Transformers would look for documents in the positions, and wait."""
-    mask = torch.ones_like(tokens)
-    return {"input_ids": tokens, "position_ids": positions, "attention_mask": mask, "use_cache": False, NAME: seen}
-
-
-def hidden_states(model: PreTrainedModel, tokens: Tensor, positions: Tensor, seen: Any) -> Tensor:
-    """(B, S, dim): what the head multiplies."""
-    return model.base_model(**inputs(tokens, positions, seen)).last_hidden_state
-
-
 def loaded(config: HuggingFaceConfig, seed: int) -> PreTrainedModel:
-    """All of it on the host, in the dtype of its files. ValueError: as `require_apart`, or weights are missing."""
+    """All of it on the host, in the dtype of its files. ValueError: weights are missing."""
     quiet()
     if config.pretrained:
         try:
@@ -199,37 +153,24 @@ def loaded(config: HuggingFaceConfig, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(described(config), dtype=torch.float32, attn_implementation=NAME)
     adapt(model, config.lora, model.dtype)
-    require_apart(config, model)
     return model
 
 
-@torch.no_grad()
-def require_apart(config: HuggingFaceConfig, model: PreTrainedModel) -> None:
-    """ValueError: its tokens see one another by anything but attention, or its logits are not hidden states times the
-    head's matrix. Two rows have the same token in the middle: with each token alone, the same comes out there."""
-    model.eval()
-    ids = torch.tensor([[1, 2, 3], [3, 2, 1]]) % model.config.get_text_config().vocab_size
-    positions = torch.arange(3).expand(2, -1)
-    hidden = hidden_states(model, ids, positions, Seen())
-    near = 64 * torch.finfo(model.dtype).eps  # sums of unlike groups of tokens, in layers of experts
-    if (hidden[0, 1] - hidden[1, 1]).abs().max() > near * hidden.abs().max():
-        raise refused(config, "its tokens see one another by more than attention: ranks would each see a part")
-    weight = model.get_output_embeddings().weight
-    hidden *= LARGE / (hidden @ weight.T).abs().max()
-    hook = model.base_model.register_forward_hook(lambda *called: called[-1].__setitem__("last_hidden_state", hidden))
-    logits = model(**inputs(ids, positions, Seen())).logits
-    hook.remove()
-    if (logits - hidden @ weight.T).abs().max() > near * LARGE:
-        raise refused(config, "its logits are not hidden states times its head's matrix, as the fused loss has it")
-    model.train()
+@contextmanager
+def _whole(parameters: list[Tensor], modifier_rank: int) -> Iterator[None]:
+    """What DeepSpeed's GatheredParameters is to those that it has not sharded."""
+    yield
+    for p in parameters:
+        dist.broadcast(p, src=modifier_rank)
 
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, weights: dict[str, Tensor], buffers: dict[str, Tensor], device: torch.device) -> None:
-    """``weights`` are rank 0's. To the other ranks they go here under ZeRO-3, else when DeepSpeed starts."""
-    gathered = import_deepspeed(device).zero.GatheredParameters
+    """``weights`` are rank 0's, and go to the other ranks."""
     for name, p in model.named_parameters():
-        with gathered([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
+        sharded = hasattr(p, "ds_id")  # by ZeRO-3
+        whole = importlib.import_module("deepspeed").zero.GatheredParameters if sharded else _whole
+        with whole([p], modifier_rank=0):
             if weights:
                 p.copy_(weights[name])
     for name, buffer in buffers.items():  # learned ones among them, as an expert's bias; fp32 stays fp32
@@ -262,29 +203,44 @@ class CausalModel(nn.Module):
     def expect(self, seq_len: int, rope_base: float | None = None) -> None:
         """Its positions are its own."""
 
-    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Sharded, each: bool = False) -> Any:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Windowed, each: bool = False
+    ) -> Any:
         return self.head(hidden_states(self.model, tokens, positions, ring_plan), labels, each)
 
+    def logits(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor], at: int) -> Tensor:
+        """By its own head, whatever that does."""
+        only = torch.tensor([at], device=tokens.device)
+        logits = self.model(**inputs(tokens, positions, attend), logits_to_keep=only).logits
+        return logits[:, 0 if logits.shape[1] == 1 else at]  # some know no such argument
 
-def maker(config: HuggingFaceConfig, run: TrainConfig) -> Make:
-    """Rank 0 alone reads the weights, once; all ranks together. ValueError: they are not there, or not all."""
+
+def maker(
+    config: HuggingFaceConfig, seed: int, *, losses: bool = True, z_loss: float = 0.0, recompute: bool = False
+) -> Make:
+    """Rank 0 alone reads the weights, once; all ranks together. ``losses``: it will be asked for some.
+
+    ValueError: weights are not there, or not all, or it is no model for that.
+    """
     about = described(config)
     whole: list[PreTrainedModel] = []
 
     def load() -> dict[str, Tensor]:
-        whole.append(loaded(config, run.seed))
+        whole.append(loaded(config, seed))
+        if why := why_not_apart(whole[0]) or (losses and why_not_fused(whole[0])):
+            raise refused(config, why)
         return dict(whole[0].named_buffers())
 
     buffers = from_rank_zero(load)
 
-    def make(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def make(device: torch.device, dtype: torch.dtype) -> CausalModel:
         with device:
             model = skeleton(config, about, dtype)
         fill(model, dict(whole.pop().named_parameters()) if whole else {}, buffers, device)
-        if run.train.activations is Activations.recompute:
+        if recompute:
             # Its name from 5.23 on, and before
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        return CausalModel(model, run.train.z_loss)
+        return CausalModel(model, z_loss)
 
     return make

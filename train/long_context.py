@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
 from ringspan.train.agree import from_rank_zero
 from ringspan.train.corpus import is_corpus, read_manifest
@@ -23,7 +22,6 @@ from ringspan.train.data import DataConfig, prepare
 from ringspan.train.engine import Dtype
 from ringspan.train.evaluate import LENGTHS, Once, found_by_depth, loss_by_position, range_starts
 from ringspan.train.measured import Measured
-from ringspan.train.model import GPT
 from ringspan.train.needle import IDS, SHORTEST, Questions, SentenceRows, Sentences
 from ringspan.train.packing import Rows
 from ringspan.train.pretrained import Pretrained, find_model, load_model, pick_tokenizer
@@ -91,7 +89,7 @@ def evaluate(config: EvaluateConfig, mesh: Mesh, device: torch.device) -> Evalua
     lengths = sorted(set(config.lengths)) or trained_lengths(found.trained.seq_len)
     rows = text.held_out(lengths[-1]) if config.text is None else text.rows(lengths[-1], seed=0)
     assert rows is not None, "`text_of` has seen to that"
-    attend = SequenceAttention(mesh, "balanced")
+    attend = found.model.attention(mesh, "balanced")
     needles = needle_rows(config, found, text, lengths)
     bf16 = config.dtype is Dtype.bf16 or (config.dtype is Dtype.auto and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -102,8 +100,13 @@ def evaluate(config: EvaluateConfig, mesh: Mesh, device: torch.device) -> Evalua
         return Batches(Once(rows, config.rows), attend, 1, 1, device)
 
     measured = Measured()
+
+    @torch.no_grad()
+    def losses(mb: MicroBatch) -> tuple[Tensor, Tensor]:
+        return model(mb.tokens, mb.labels, mb.positions, mb.ring_plan, each=True)
+
     for length in lengths:
-        losses = Losses(model, found, length)
+        model.expect(max(length, found.trained.seq_len), found.trained.rope_base)
         measured.by_length[length], measured.by_position = loss_by_position(
             batches(Pieces(rows, length)), range_starts(length, device), losses
         )
@@ -121,19 +124,6 @@ def evaluate(config: EvaluateConfig, mesh: Mesh, device: torch.device) -> Evalua
         "ranks": mesh.ring,
     }
     return Evaluated(facts, measured)
-
-
-class Losses:
-    """(loss, whether the likeliest token is the label) of each label of a micro-batch in rows of ``length`` tokens."""
-
-    def __init__(self, model: GPT, found: Pretrained, length: int) -> None:
-        trained = found.trained
-        self.model, self.rope = model, found.model.rope(max(length, trained.seq_len), trained.rope_base)
-
-    @torch.no_grad()
-    def __call__(self, mb: MicroBatch) -> tuple[Tensor, Tensor]:
-        self.model.rope = self.rope
-        return self.model(mb.tokens, mb.labels, mb.positions, mb.ring_plan, each=True)
 
 
 def open_text(config: EvaluateConfig, found: Pretrained) -> Text:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ringspan.parallel.attention import SequenceAttention
+from ringspan.train.activations import Attend as LocalAttend
 from ringspan.train.activations import Layers, Policy
 from ringspan.train.layer import LayerWeights, Sizes
 from ringspan.train.loss import cross_entropy_sum, token_losses
@@ -325,10 +326,17 @@ class GPT(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self.attend(q, k, v, ring_plan)
 
+        return self.head(self.hidden(tokens, positions, attend), labels, each)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, attend: LocalAttend) -> Tensor:
+        """(B, S, dim): what the head multiplies. ``attend(q, k, v)`` is called by each layer in turn."""
         x = self.embedding(tokens)
         cos, sin = self.rope(positions, x.dtype)
-        x = self.run_layers(self.layers, x, cos, sin, attend)
-        return self.head(self.norm(x), labels, each)
+        return self.norm(self.run_layers(self.layers, x, cos, sin, attend))
+
+    def logits(self, tokens: Tensor, positions: Tensor, attend: LocalAttend, at: int) -> Tensor:
+        """(B, vocabulary): of what follows token ``at`` of each row."""
+        return self.hidden(tokens, positions, attend)[:, at] @ self.head.weight.T
 
 
 def residual_scale(config: ModelConfig) -> float:

@@ -1,27 +1,40 @@
-"""A trained model to use: from a run's folder, a checkpoint's, or a Llama's or Qwen3's in Hugging Face's layout.
+"""A trained model to use: from a run's folder, a checkpoint's, or that of a model in Hugging Face's layout.
+
+A Llama or a Qwen3 there is our GPT, as far as we have them; any other causal model, and what a run with model=hf has
+trained, is as Transformers has it.
 
 found = find_model(Path("runs/NAME"))                                # reads no weights yet
 model = load_model(found, attend, device, torch.bfloat16, seq_len)   # all ranks together; each has all of it
 """
 
+from __future__ import annotations
+
 import os
+import re
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from omegaconf import OmegaConf
+from torch import nn
 
 from ringspan.train.activations import Activations, Policy
+from ringspan.train.checkpoint import Reader
 from ringspan.train.corpus import is_corpus
 from ringspan.train.corpus import read_manifest as read_corpus
 from ringspan.train.data import DataConfig
 from ringspan.train.huggingface import DEFAULTS, Folder
+from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.initial import open_weights
 from ringspan.train.manifest import MANIFEST, Saved, damage, find, read_manifest
-from ringspan.train.model import GPT, Attend, ModelConfig
+from ringspan.train.model import GPT, AnyModel, Attend, ModelConfig
 from ringspan.train.needle import IDS
 from ringspan.train.phases import Phase, phase_at
+from ringspan.train.state import MASTER, Source
 from ringspan.train.tokenizer import ByteTokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from ringspan.train.huggingface_model import CausalModel  # which needs transformers
 
 Part = TypeVar("Part")
 TILE = 16_384  # tokens that all but attention is computed for at once: at an 8B model's width 1 GiB of an MLP in bf16
@@ -29,34 +42,33 @@ TILE = 16_384  # tokens that all but attention is computed for at once: at an 8B
 
 class Pretrained(NamedTuple):
     path: Path
-    model: ModelConfig
+    model: AnyModel
     vocab_size: int
     trained: Phase  # the last rows that it was trained on: their length, and the base of their rotary positions
     tokenizer: str | None  # what is known of it; None: whoever uses the model has to say
     fingerprint: str | None  # of the tokenizer that prepared its text, where that is known
     data: DataConfig | None = None  # what a run was trained on
     digest: str | None = None  # of its tokens then
+    seed: int = 0  # of the first weights
 
 
 def find_model(path: Path) -> Pretrained:
-    """ValueError: there is neither a whole checkpoint nor a model as we have them; all differences are told."""
+    """ValueError: there is neither a whole checkpoint nor a model that we can run."""
     if (path / "config.json").exists():
         return _of_folder(path)
     path = newest(path)
     saved = read_manifest(path).saved
     config = saved.config
-    if told := config["model"].get("path"):
-        raise ValueError(
-            f"checkpoint={path}: of model=hf model.path={told}; launch/export.py writes it for transformers"
-        )
     first = Phase(seq_len=config["seq_len"])
     phases = [Phase(**phase) for phase in config["phases"]]
-    model, data = _typed(ModelConfig, config["model"]), _typed(DataConfig, config["data"])
+    model = _typed(HuggingFaceConfig if "path" in config["model"] else ModelConfig, config["model"])
+    data = _typed(DataConfig, config["data"])
     trained = phase_at(phases, first, max(0, saved.step - 1))
-    return Pretrained(path, model, saved.vocab_size, trained, *tokenizer_of(saved, model, data), data, saved.data)
+    told = tokenizer_of(saved, model, data)
+    return Pretrained(path, model, saved.vocab_size, trained, *told, data, saved.data, config["seed"])
 
 
-def tokenizer_of(saved: Saved, model: ModelConfig, data: DataConfig) -> tuple[str | None, str | None]:
+def tokenizer_of(saved: Saved, model: AnyModel, data: DataConfig) -> tuple[str | None, str | None]:
     """(name, fingerprint) of what a run's text was tokenised by, as far as they are known."""
     folders = [Path(os.path.expanduser(one.path)) for one in data.sources() if one.path]
     if prepared := next(filter(is_corpus, folders), None):
@@ -88,13 +100,28 @@ def newest(source: Path) -> Path:
 
 
 def _of_folder(path: Path) -> Pretrained:
-    folder = Folder(path)
-    told = {**DEFAULTS, **folder.config}
-    model = model_of(told, path)
-    folder.require(model)
+    model: AnyModel
+    try:
+        folder = Folder(path)
+        told = {**DEFAULTS, **folder.config}
+        model = model_of(told, path)
+        folder.require(model)
+        vocab_size, length = folder.vocab_size, told.get("max_position_embeddings", 1)
+    except ValueError as error:
+        model = HuggingFaceConfig(path=str(path))
+        try:
+            vocab_size, length = model.outline.vocab_size, model.outline.longest
+        except ValueError as why:
+            raise ValueError(f"{_of_checkpoint(why)}; and no Llama or Qwen3 of ours: {error}") from why
     tokenizer = path / "tokenizer.json"
-    length = Phase(seq_len=told.get("max_position_embeddings", 1))
-    return Pretrained(path, model, folder.vocab_size, length, str(tokenizer) if tokenizer.exists() else None, None)
+    known = str(tokenizer) if tokenizer.exists() else None
+    return Pretrained(path, model, vocab_size, Phase(seq_len=length), known, None)
+
+
+def _of_checkpoint(error: ValueError) -> str:
+    """What training says of init or of model.path, here of checkpoint."""
+    said = str(error).partition("; model.pretrained=")[0]
+    return re.sub("^(init|model.path)=", "checkpoint=", said)
 
 
 def model_of(config: dict[str, Any], path: Path) -> ModelConfig:
@@ -129,19 +156,41 @@ def pick_tokenizer(found: Pretrained, asked: str | None) -> str:
 
 
 def load_model(
-    found: Pretrained, attend: Attend, device: torch.device, dtype: torch.dtype, seq_len: int, tokens: int
-) -> GPT:
+    found: Pretrained,
+    attend: Attend,
+    device: torch.device,
+    dtype: torch.dtype,
+    seq_len: int,
+    tokens: int,
+    *,
+    losses: bool = True,
+) -> GPT | CausalModel:
     """All ranks together. ``seq_len``: of the rows to come, of which positions may be scaled by their length;
-    ``tokens``: of the tokenizer. ValueError: damaged files, or a model that knows fewer tokens."""
+    ``tokens``: of the tokenizer; ``losses``: it will be asked for some.
+
+    ValueError: damaged files, a model that knows fewer tokens, or one whose loss is not ours.
+    """
+    model: GPT | CausalModel
+    source: Source | None
     try:
-        source = open_weights(str(found.path), found.model, tokens)
+        if isinstance(found.model, HuggingFaceConfig):
+            found.model.vocabulary(tokens)
+            source = Reader(found.path, read_manifest(found.path)) if found.data else None  # a run's
+            model = found.model.model().maker(found.model, found.seed, losses=losses)(device, dtype)
+        else:
+            source = open_weights(str(found.path), found.model, tokens)
+            policy = Policy(activations=Activations.recompute, mlp_tile=TILE)  # keeps nothing whole
+            model = GPT(cast(ModelConfig, found.model), found.vocab_size, attend, policy, device=device, dtype=dtype)
     except ValueError as error:
-        raise ValueError(str(error).replace("init=", "checkpoint=", 1)) from error
-    assert source is not None
-    policy = Policy(activations=Activations.recompute, mlp_tile=TILE)  # keeps nothing whole
-    model = GPT(found.model, found.vocab_size, attend, policy, device=device, dtype=dtype)
+        raise ValueError(str(error) if found.data else _of_checkpoint(error)) from error
     model.expect(max(seq_len, found.trained.seq_len), found.trained.rope_base)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(source.read("master", name, 0, parameter.numel()).view(parameter.shape))
+    if source:
+        copy_trained(source, model)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_trained(source: Source, model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.copy_(source.read(MASTER, name, 0, p.numel()).view(p.shape))

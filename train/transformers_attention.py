@@ -23,8 +23,8 @@ from ringspan.kernels.attention import attention
 from ringspan.kernels.plan import Plan, plan
 from ringspan.kernels.sdpa import band, recognised, refuse_dropout, run_on_any
 from ringspan.kernels.spans import Spans
-from ringspan.parallel.attention import AttentionPlan, SequenceAttention
-from ringspan.parallel.layout import Layout
+from ringspan.parallel.attention import SequenceAttention
+from ringspan.parallel.windows import Windowed
 from ringspan.train.packing import IGNORE
 
 NAME = "ringspan"
@@ -96,11 +96,12 @@ def attend_to(
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    ringspan: "Sharded | None" = None,
+    ringspan: Callable[..., Tensor] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: (batch, heads, tokens, dim) in, (batch, tokens, heads, dim) out.
 
+    ``ringspan`` is given to a model's forward, which hands it to its layers: attention over this rank's part of rows.
     ValueError: dropout, biases, attention weights asked for, or a mask that is no span.
     """
     refuse_dropout(dropout)
@@ -110,7 +111,8 @@ def attend_to(
     given: dict[str, Any] = {"softcap": softcap or 0.0, "sinks": s_aux}
     run: Callable[..., Any]
     if ringspan is not None:
-        run = functools.partial(ringspan.attend, plan=ringspan.plan(module, sliding_window, attention_mask), **given)
+        refuse_other_masks(module, sliding_window, attention_mask)
+        run = functools.partial(ringspan, window=sliding_window, **given)
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         run = functools.partial(attention, spans=_whole(attention_mask, query, key, causal), **given)
@@ -127,36 +129,6 @@ def _whole(mask: CausalMask | Tensor | None, query: Tensor, key: Tensor, causal:
     if found.by_head:
         raise ValueError("the attention mask differs between heads, which only scaled_dot_product_attention takes")
     return found.plan
-
-
-class Sharded:
-    """How the ranks share a batch's rows: given to a model's forward, which hands it to its layers.
-
-    ``spans`` are on the host, of whole rows; a layer with a window sees of them what is in it.
-    """
-
-    def __init__(
-        self, attend: SequenceAttention, spans: Spans, device: torch.device, layout: Layout | None = None
-    ) -> None:
-        self.attend, self.spans, self.device = attend, spans, device
-        self.layout = attend.layout(spans) if layout is None else layout
-        self.plans: dict[int | None, AttentionPlan] = {}
-
-    def plan(self, module: nn.Module, window: int | None, mask: CausalMask | Tensor | None = None) -> AttentionPlan:
-        """For a layer with such a window, which has ``mask`` from Transformers. ValueError: as `refuse_other_masks`."""
-        refuse_other_masks(module, window, mask)
-        return self.plan_of(window)
-
-    def plan_of(self, window: int | None) -> AttentionPlan:
-        """Made once."""
-        if window not in self.plans:
-            self.plans[window] = self.attend.plan(windowed(self.spans, window), self.device, self.layout)
-        return self.plans[window]
-
-
-def windowed(spans: Spans, window: int | None) -> Spans:
-    """What a layer with such a window sees of them."""
-    return spans if window is None else spans & Spans.causal(spans.queries, window=window)
 
 
 def refuse_other_masks(module: nn.Module, window: int | None, mask: CausalMask | Tensor | None) -> None:
@@ -190,7 +162,7 @@ def shard_batch(
     spans = Spans.packed(lengths)
     if spans.queries != n:
         raise ValueError(f"lengths sum to {spans.queries}, and the rows have {n} tokens")
-    sharded = Sharded(attend, spans, torch.device(device))
+    sharded = Windowed(attend, spans, torch.device(device))
     starts = spans.lo.expand(len(input_ids), -1)
     positions = torch.arange(n) - starts
     wanted = next_tokens(input_ids if labels is None else labels, starts)

@@ -1,0 +1,190 @@
+"""Models of Transformers in generation and evaluation, against their own eager forward."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import exit_code
+from test_parity import write_texts
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ringspan.parallel.attention import SequenceAttention
+from ringspan.parallel.mesh import Mesh
+from ringspan.train.config import TrainConfig
+from ringspan.train.data import prepare
+from ringspan.train.generate import Generator, Sampling, pick
+from ringspan.train.huggingface import export
+from ringspan.train.long_context import EvaluateConfig, evaluate
+from ringspan.train.measured import Measured
+from ringspan.train.packing import IGNORE
+from ringspan.train.pretrained import find_model, load_model
+from ringspan.train.rows import Text
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+from test_huggingface_model import folder_of, newest, of, run_all  # noqa: E402
+
+from ringspan.train import huggingface_model  # noqa: E402
+
+SAMPLING = Sampling(temperature=1.0, seed=3)
+PROMPTS = [[5, 9, 2] * 7, [7], list(range(30))]
+# Windows, softcaps, sinks, experts, positions that are learned, dropout that is training's
+FOLDERS = {
+    "Gemma2": {"sliding_window": 9, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "GptOss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 2},  # sinks
+    "GPT2": {},  # learned positions
+    "DeepseekV3": {  # values narrower than keys
+        "num_key_value_heads": 4,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "moe_intermediate_size": 48,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[str]:
+    """Models whose numbers are so large that what they say depends on all of them."""
+    root = tmp_path_factory.mktemp("models")
+    for kind, fields in FOLDERS.items():
+        path = folder_of(kind, root / kind, **fields)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(path))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.15 if p.dim() > 1 else 0.7)
+        model.save_pretrained(path)
+    return [str(root / kind) for kind in FOLDERS]
+
+
+def written(ranks: int, n: int, *paths: str) -> list[Tensor]:
+    """Of each model (prompts, n) tokens."""
+    mesh, found = Mesh.create(1, ranks, 1), []
+    for one in map(find_model, map(Path, paths)):
+        attend = SequenceAttention(mesh, "balanced")
+        model = load_model(one, attend, torch.device("cpu"), torch.float32, 64, 200, losses=False)
+        found.append(torch.stack(list(Generator(model, mesh)(PROMPTS, n, SAMPLING)), dim=1))
+    return found
+
+
+@torch.no_grad()
+def eager(model: "transformers.PreTrainedModel", n: int) -> Tensor:
+    """The same from whole rows, over all that there is so far."""
+    length, draws = max(map(len, PROMPTS)), torch.Generator().manual_seed(SAMPLING.seed)
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    model.eval().set_attn_implementation("eager")
+    for _ in range(n):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, pick(logits, SAMPLING, draws)[:, None]], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    return ids[:, length:]
+
+
+def test_tokens_on_a_ring_are_those_of_eager(folders, ranks):
+    expected = [eager(transformers.AutoModelForCausalLM.from_pretrained(path), 7) for path in folders]
+    for found in ranks(2)(written, 2, 7, *folders):
+        for tokens, wanted, path in zip(found, expected, folders, strict=True):
+            assert len(set(wanted.flatten().tolist())) > 9, path
+            assert torch.equal(tokens, wanted), path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, ranks) -> TrainConfig:
+    """Adapters in a Mistral with a window, after two steps."""
+    root = tmp_path_factory.mktemp("run")
+    text, path = write_texts(root / "text", 20, 400), folder_of("Mistral", root / "model", sliding_window=9)
+    config = of(root, "adapted", text, path, lora=3, pretrained=False, steps=2)
+    config.data.held_out, config.optim.lr, config.optim.warmup_steps = 0.3, 1.0, 1
+    ranks(1)(run_all, config, timeout=200)
+    return config
+
+
+@pytest.fixture(scope="module")
+def adapted(run, tmp_path_factory) -> "transformers.PreTrainedModel":
+    """What of it peft makes."""
+    folder = tmp_path_factory.mktemp("export") / "adapters"
+    export(newest(run), folder, torch.float32)
+    base = huggingface_model.loaded(replace(run.model, lora=None), run.seed)
+    return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+
+
+def test_adapters_write_from_their_checkpoint_what_peft_makes_of_them(run, adapted, ranks):
+    plain = eager(huggingface_model.loaded(replace(run.model, lora=None), run.seed), 5)
+    expected = eager(adapted, 5)
+    assert not torch.equal(expected, plain)
+    for (found,) in ranks(2)(written, 2, 5, run.run_dir):
+        assert torch.equal(found, expected)
+
+
+def evaluated(config: EvaluateConfig) -> Measured:
+    mesh = Mesh.create(1, torch.distributed.get_world_size(), 1)
+    return evaluate(config, mesh, torch.device("cpu")).measured
+
+
+@torch.no_grad()
+def by_hand(config: TrainConfig, model: "transformers.PreTrainedModel", n: int, length: int) -> float:
+    """The mean loss of held-out rows, each piece of a document by itself."""
+    rows, losses = Text(prepare(config.data), config.data).held_out(config.seq_len), []
+    model.set_attn_implementation("eager")
+    for row in rows.order(0, n):
+        tokens, labels, _ = (torch.from_numpy(x) for x in rows.load(row, np.arange(config.seq_len)))
+        for document, wanted in zip(*(x.split(rows.lengths(row)) for x in (tokens, labels)), strict=True):
+            for ids, these in zip(document.split(length), wanted.split(length), strict=True):
+                losses.append(cross_entropy(model(ids[None]).logits[0], these, reduction="none")[these != IGNORE])
+    return torch.cat(losses).mean().item()
+
+
+def test_adapters_are_evaluated_from_their_checkpoint(run, adapted, ranks):
+    asked = EvaluateConfig(checkpoint=run.run_dir, rows=3, lengths=[64, 20], needles=False)
+    for found in ranks(2)(evaluated, asked):
+        for length in (20, 64):
+            assert found.by_length[length] == pytest.approx(by_hand(run, adapted, 3, length), rel=1e-5)
+
+
+def test_launched(run, folders, tmp_path, capfd):
+    """Both commands, of a run and of a folder."""
+    assert exit_code("generate.py", f"checkpoint={run.run_dir}", "prompt=[one two]", "tokens=4") == 0
+    assert "7 tokens of prompt in" in capfd.readouterr().err
+    given = (f"checkpoint={folders[-1]}", "tokenizer=bytes", f"text={run.data.path}", f"out={tmp_path}/out")
+    assert exit_code("evaluate.py", *given, "lengths=[64]", "rows=1", "needles=false") == 0
+    assert (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "script, kind, fields, why",
+    [
+        ("evaluate.py", "Gemma2", {}, "its logits are not hidden states times its head's matrix"),
+        ("generate.py", "Mamba", {}, "it has 2 layers, and 0 of them ask Transformers for attention"),
+        (
+            "generate.py",
+            "FalconH1",
+            {"mamba_d_ssm": 32, "mamba_n_heads": 4},
+            "its tokens see one another by more than attention",
+        ),
+        ("generate.py", "Llama", {}, "no file named model.safetensors"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_one_line(script, kind, fields, why, run, folders, tmp_path, capfd):
+    path = folders[0]
+    if kind != "Gemma2":
+        path = folder_of(kind, tmp_path, **fields)
+    if kind == "FalconH1":  # is found out when its weights are there
+        about = transformers.AutoConfig.from_pretrained(path)
+        transformers.AutoModelForCausalLM.from_config(about).save_pretrained(path)
+    given = {"evaluate.py": f"text={run.data.path}", "generate.py": "prompt=[one]"}[script]
+    assert exit_code(script, f"checkpoint={path}", "tokenizer=bytes", given) == 1
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"{script}: checkpoint={path}: ")
+    assert why in told

@@ -1,0 +1,68 @@
+"""A causal model of Transformers whose rows are shared by ranks, and whose logits are never whole.
+
+What would go wrong in silence where each rank has a part of a row, or where our fused loss takes the place of the
+model's own, is looked for in numbers: tokens that see one another by anything but attention, logits that are not
+hidden states times the head's matrix.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ringspan.train.transformers_attention import NAME
+
+LARGE = 1000.0  # logits that a softcap would show in
+
+
+def inputs(tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> dict[str, Any]:
+    """Of a forward. A mask of ones: without one Transformers would look for documents in the positions, and wait."""
+    mask = torch.ones_like(tokens)
+    return {"input_ids": tokens, "position_ids": positions, "attention_mask": mask, "use_cache": False, NAME: attend}
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """(B, S, dim): what the head multiplies. ``attend(q, k, v, window=...)`` is called by each layer in turn."""
+    return model.base_model(**inputs(tokens, positions, attend)).last_hidden_state
+
+
+def alone(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Attention of tokens each of which sees itself."""
+    return v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+
+
+@torch.no_grad()
+def why_not_apart(model: PreTrainedModel) -> str | None:
+    """Whether tokens see one another by anything but attention. Two rows have the same token in the middle: with each
+    token alone, the same comes out there."""
+    ids, positions, near = _probe(model)
+    hidden = hidden_states(model.eval(), ids, positions, alone)
+    if (hidden[0, 1] - hidden[1, 1]).abs().max() > near * hidden.abs().max():
+        return "its tokens see one another by more than attention: ranks would each see a part"
+    return None
+
+
+@torch.no_grad()
+def why_not_fused(model: PreTrainedModel) -> str | None:
+    """Whether its logits are anything but hidden states times the matrix of its head."""
+    ids, positions, near = _probe(model)
+    head = cast(Any, model.get_output_embeddings())
+    if getattr(head, "bias", None) is not None:
+        return "its head adds a bias to the logits, which the fused loss cannot do"
+    hidden = hidden_states(model.eval(), ids, positions, alone)
+    hidden *= LARGE / (hidden @ head.weight.T).abs().max()
+    hook = model.base_model.register_forward_hook(lambda *called: called[-1].__setitem__("last_hidden_state", hidden))
+    logits = model(**inputs(ids, positions, alone)).logits
+    hook.remove()
+    if (logits - hidden @ head.weight.T).abs().max() > near * LARGE:
+        return "its logits are not hidden states times its head's matrix, as the fused loss has it"
+    return None
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor, float]:
+    """Tokens, their positions, and how far from one another sums of unlike groups of tokens come out, as of layers of
+    experts."""
+    ids = torch.tensor([[1, 2, 3], [3, 2, 1]], device=model.device) % model.config.get_text_config().vocab_size
+    return ids, torch.arange(3, device=model.device).expand(2, -1), 64 * torch.finfo(model.dtype).eps
