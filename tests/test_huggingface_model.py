@@ -46,6 +46,20 @@ SIZES = {
     "pad_token_id": None,
 }
 
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 48,
+}
+
 
 def folder_of(kind: str, folder: Path, **fields: Any) -> str:
     """A model's config.json; its weights are drawn."""
@@ -210,6 +224,22 @@ def test_what_a_model_is_like_is_seen(tmp_path):
     dense = gpt.matmul_parameters(261)
     mlp = 2 * 3 * 32 * 48
     assert HuggingFaceConfig(path=experts).matmul_parameters(261) == dense + mlp + 2 * 8 * 32  # two, and the router
+
+
+def test_of_a_mixture_of_experts_attention_has_adapters(tmp_path):
+    for kind in ("Mixtral", "Qwen3Moe"):
+        path = folder_of(kind, tmp_path / kind)
+        config = HuggingFaceConfig(path=path, lora=3, pretrained=False)
+        model = huggingface_model.loaded(config, 0)
+        names = {name.split(".lora_")[0].split(".", 3)[3] for name, p in model.named_parameters() if p.requires_grad}
+        assert names == {f"self_attn.{x}_proj" for x in "qkvo"}
+        assert why_not_apart(model) is why_not_fused(model) is None
+        # q and out; k and v
+        assert config.parameters(261) == 2 * 3 * (2 * (32 + 32) + 2 * (32 + 16))
+        assert config.frozen_parameters == replace(config, lora=None).matmul_parameters(261)
+    dense_too = folder_of("DeepseekV3", tmp_path / "x", **DEEPSEEK, first_k_dense_replace=1)
+    with pytest.raises(ValueError, match=r"model\.lora=3: peft takes its .* for experts too, .* give null"):
+        HuggingFaceConfig(path=dense_too, lora=3).check(TrainConfig(name="x", run_dir="x"))
 
 
 def test_counts_are_means_of_the_layers():

@@ -26,7 +26,7 @@ from ringspan.train.rows import Text
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
-from test_huggingface_model import folder_of, newest, of, run_all  # noqa: E402
+from test_huggingface_model import DEEPSEEK, folder_of, newest, of, run_all  # noqa: E402
 
 from ringspan.train import huggingface_model  # noqa: E402
 
@@ -37,19 +37,7 @@ FOLDERS = {
     "Gemma2": {"sliding_window": 9, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "GptOss": {"sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 2},  # sinks
     "GPT2": {},  # learned positions
-    "DeepseekV3": {  # values narrower than keys
-        "num_key_value_heads": 4,
-        "n_routed_experts": 2,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "moe_intermediate_size": 48,
-    },
+    "DeepseekV3": DEEPSEEK,  # values narrower than keys
 }
 
 

@@ -41,7 +41,7 @@ class Outline(NamedTuple):
 class HuggingFaceConfig(AnyModel):
     path: str = ""  # a model's folder, or its name on the hub
     pretrained: bool = True  # false: config.json alone counts, and the weights are drawn from the seed
-    lora: int | None = None  # rank of adapters on the layers' matrices, which alone are trained; null: all weights are
+    lora: int | None = None  # rank of adapters on the layers' linear maps, which alone are trained; null: all weights
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.lora < 1:

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ringspan.parallel.windows import Windowed
@@ -125,12 +126,28 @@ def skeleton(config: HuggingFaceConfig, about: PreTrainedConfig, dtype: torch.dt
 
 
 def adapt(model: PreTrainedModel, rank: int | None, dtype: torch.dtype) -> None:
-    """Put adapters into it (LoRA, Hu and others, arXiv 2106.09685), in its own dtype; all else is frozen."""
+    """Put adapters into it (LoRA, Hu and others, arXiv 2106.09685), in its own dtype; all else is frozen.
+
+    Linear layers have them, but for the head. Experts, whose matrices are one tensor there, and routers have none: peft
+    would make all of such a tensor anew in every forward. ValueError: there are no linear layers, or peft takes some
+    for those of experts.
+    """
     if rank is None:
         return
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415 - takes seconds, and only adapters need it
 
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+    head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    names = {name.rpartition(".")[2] for name, x in model.named_modules() if isinstance(x, linear) and x is not head}
+    if not names:
+        raise ValueError(f"model.lora={rank}: it has no linear layer to put adapters on")
+    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names))
+    inject_adapter_in_model(adapters, model)
+    if adapters.target_parameters:
+        both = ", ".join(sorted(names))
+        raise ValueError(
+            f"model.lora={rank}: peft takes its {both} for experts too, which have no adapters here; give null, which "
+            "trains all weights"
+        )
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
         if "lora_" in name:
