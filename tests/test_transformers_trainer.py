@@ -117,6 +117,51 @@ def test_losses_and_gradients_are_those_of_one_process(kind, meshes, ranks, tmp_
                 assert farthest <= 64 * torch.finfo(torch.float32).eps * grad.abs().max(), name
 
 
+def of_one_batch(folder: str, fused: bool, bf16: bool) -> tuple[float, list[Tensor], int]:
+    """Loss and gradients, and how wide what is called logits is."""
+    mesh = Mesh.create(1, 1, 1)
+    trainer, _ = trainer_of("lora", folder, mesh, fused=fused, arguments={"bf16": bf16})
+    model = trainer.accelerator.prepare(trainer.model)
+    batch = trainer.sharded(transformers.DataCollatorWithFlattening()(rows(4)))
+    count = trainer.labels_of_all([batch])
+    loss, out = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
+    loss.backward()
+    assert not trainer.causal.get_output_embeddings().__dict__.get("forward")  # who calls it next has its logits
+    return loss.item(), [p.grad for p in model.parameters() if p.requires_grad], out["logits"].shape[-1]
+
+
+def of_both(folder: str, bf16: bool) -> list[tuple[float, list[Tensor], int]]:
+    return [of_one_batch(folder, fused, bf16) for fused in (False, True)]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_logits_are_not_needed(bf16, ranks, tmp_path):
+    ((expected, grads, vocabulary), (found, ours, width)) = ranks(1)(of_both, str(tmp_path), bf16)[0]
+    eps = 2.0**-8 if bf16 else 2.0**-23
+    assert (vocabulary, width) == (101, 48)
+    assert found == pytest.approx(expected, rel=4 * eps)
+    for x, y in zip(ours, grads, strict=True):
+        assert (x - y).abs().max() <= 64 * eps * y.abs().max()
+
+
+def test_models_whose_loss_is_not_ours_are_refused_and_may_do_without(ranks, tmp_path, alone):
+    def trainer(model: Any, **given: Any) -> RingTrainer:
+        arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        return RingTrainer(model, arguments, attend=SequenceAttention(ALONE, "zigzag"), **given)
+
+    gemma = model_of("gemma2")
+    with pytest.raises(
+        ValueError, match=r"Gemma2ForCausalLM: its logits are not hidden .*; RingTrainer\(..., fused=Fa"
+    ):
+        trainer(gemma)
+    assert not trainer(gemma, fused=False).fused
+    adapted = peft.get_peft_model(model_of("llama"), peft.LoraConfig(r=3, target_modules=["lm_head"]))
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM: its head has adapters, of which the fused loss knows nothing"
+    ):
+        trainer(adapted)
+
+
 @pytest.mark.parametrize("n", [12, 10, 1])
 @pytest.mark.parametrize("groups, sharing, batch", [(2, 2, 3), (1, 4, 2), (3, 1, 1)])
 def test_ranks_of_a_ring_have_the_same_rows_and_rings_have_all(n, groups, sharing, batch):

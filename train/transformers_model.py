@@ -5,13 +5,15 @@ model's own, is looked for in numbers: tokens that see one another by anything b
 hidden states times the head's matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ringspan.train.loss import cross_entropy_sum
 from ringspan.train.transformers_attention import NAME
 
 LARGE = 1000.0  # logits that a softcap would show in
@@ -49,6 +51,8 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     """Whether its logits are anything but hidden states times the matrix of its head."""
     ids, positions, near = _probe(model)
     head = cast(Any, model.get_output_embeddings())
+    if hasattr(head, "base_layer"):  # peft's: no more than that matrix at first
+        return "its head has adapters, of which the fused loss knows nothing"
     if getattr(head, "bias", None) is not None:
         return "its head adds a bias to the logits, which the fused loss cannot do"
     hidden = hidden_states(model.eval(), ids, positions, alone)
@@ -59,6 +63,30 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     if (logits - hidden @ head.weight.T).abs().max() > near * LARGE:
         return "its logits are not hidden states times its head's matrix, as the fused loss has it"
     return None
+
+
+@contextmanager
+def fused_loss(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, what `shard_batch` gives comes to the same loss without logits: the head gives hidden states, and the
+    model's loss is made of those and of the head's matrix. `why_not_fused` comes first."""
+    head = cast(Any, model.get_output_embeddings())
+    before = vars(head).get("forward"), model.loss_function
+
+    def loss(
+        logits: Tensor, labels: Tensor, vocab_size: int, *, shift_labels: Tensor, num_items_in_batch: Any, **_: Any
+    ) -> Tensor:
+        hidden, weight, kind = logits, head.weight, logits.device.type
+        if torch.is_autocast_enabled(kind):  # the head's product would be in its dtype
+            hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+        return cross_entropy_sum(hidden, weight, shift_labels) / num_items_in_batch
+
+    head.forward, model.loss_function = (lambda hidden: hidden), loss
+    try:
+        yield
+    finally:
+        head.forward, model.loss_function = before
+        if before[0] is None:  # its class has it
+            del head.forward
 
 
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor, float]:

@@ -10,6 +10,7 @@ step is over per_device_train_batch_size x mesh.data x gradient_accumulation_ste
 """
 
 from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext
 from itertools import islice, pairwise
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from transformers import Trainer
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.train.transformers_attention import NAME, register, shard_batch
+from ringspan.train.transformers_model import fused_loss, why_not_apart, why_not_fused
 
 READ = ("input_ids", "labels", "attention_mask", "position_ids")  # of what a collator gives
 
@@ -27,12 +29,14 @@ READ = ("input_ids", "labels", "attention_mask", "position_ids")  # of what a co
 class RingTrainer(Trainer):
     """``attend`` says how ranks share rows; all else is Trainer's. From here on the model's attention is ours.
 
-    ValueError: what needs whole rows or their logits on a rank, such as metrics and label smoothing; labels weighed by
-    rank (``average_tokens_across_devices=False``); rows that come as a stream.
+    With ``fused`` its logits are never whole: a chunk of them at a time, as in our loop.
+    ValueError: a model that cannot do so, or whose tokens see one another by more than attention; what needs whole rows
+    or their logits on a rank, such as metrics and label smoothing; labels weighed by rank
+    (``average_tokens_across_devices=False``); rows that come as a stream.
     """
 
-    def __init__(self, *args: Any, attend: SequenceAttention, **kwargs: Any) -> None:
-        self.attend = attend
+    def __init__(self, *args: Any, attend: SequenceAttention, fused: bool = True, **kwargs: Any) -> None:
+        self.attend, self.fused = attend, fused
         super().__init__(*args, **kwargs)
         for what, asked in (
             ("compute_metrics", self.compute_metrics),
@@ -45,7 +49,17 @@ class RingTrainer(Trainer):
             if asked:
                 raise ValueError(f"{what}: not possible where a rank has a part of each row; leave it out")
         register()
-        cast(Any, self.model).set_attn_implementation(NAME)
+        model: Any = self.model
+        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside peft's
+        model.set_attn_implementation(NAME)
+        if why := why_not_apart(self.causal):
+            raise ValueError(f"{type(self.causal).__name__}: {why}")
+        if fused and (why := why_not_fused(self.causal)):
+            raise ValueError(f"{type(self.causal).__name__}: {why}; RingTrainer(..., fused=False) makes whole logits")
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with fused_loss(self.causal) if self.fused else nullcontext():
+            return super().compute_loss(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """This rank's parts of the batches of a step, and how many labels all ranks have in them."""
