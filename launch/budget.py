@@ -17,7 +17,6 @@ from omegaconf import DictConfig
 from ringspan.train.budget import Budget, Job, Machine, advice, budget, fastest, job_of, longest, switches
 from ringspan.train.command import CONF, run_hydra, values
 from ringspan.train.config import TrainConfig, structured
-from ringspan.train.model import padded_vocabulary
 from ringspan.train.tokenizer import load_tokenizer
 
 
@@ -59,7 +58,8 @@ def chosen(config: BudgetConfig) -> tuple[Job, Job]:
     """(the job that was asked for, the one that was picked). ValueError: none fits."""
     vocabulary = config.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     device = "cpu" if config.machine.name == "cpu" else "cuda"
-    asked = job_of(config, config.nproc or config.machine.gpus, padded_vocabulary(vocabulary), device)
+    config.model.check(config)
+    asked = job_of(config, config.nproc or config.machine.gpus, config.model.vocabulary(vocabulary), device)
     asked = replace(asked, document=config.document)
     pick = longest if config.longest else fastest if config.fastest else None
     job = pick(asked, config.machine) if pick else asked
@@ -69,7 +69,9 @@ def chosen(config: BudgetConfig) -> tuple[Job, Job]:
 
 
 def report(job: Job, found: Budget, machine: Machine, picked: dict[str, str]) -> str:
-    lines = [f"{job.world} x {machine.name}, rows of {job.seq_len:,} tokens, {job.parameters / 1e9:.2f} G parameters"]
+    lines = [
+        f"{job.world} x {machine.name}, rows of {job.seq_len:,} tokens, {job.all_parameters / 1e9:.2f} G parameters"
+    ]
     if picked:
         lines += ["picked: " + " ".join(f"{name}={value}" for name, value in picked.items())]
     sums = (("GPU memory, GiB", found.gpu, found.room), ("host memory of a process, GiB", found.host, found.host_room))

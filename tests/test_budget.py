@@ -1,7 +1,6 @@
 """The budget beside what is really allocated on a CPU, which counts the same tensors, and beside sums made by hand."""
 
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from commands import exit_code
 from test_loop import run
 from test_parity import job as train_job
 from test_parity import write_texts
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringspan.kernels.attention import attention
 from ringspan.kernels.plan import plan
@@ -33,6 +31,7 @@ from ringspan.train.budget import (
 )
 from ringspan.train.duration import step_seconds
 from ringspan.train.engine import Engine
+from ringspan.train.footprint import Live
 from ringspan.train.memory import gpu_bytes, gradient_bytes, host_bytes, kept_bytes, moments, muon_bytes, state_bytes
 from ringspan.train.model import GPT, ModelConfig
 from ringspan.train.muon import orthogonal
@@ -48,30 +47,6 @@ def a_job(model=SMALL, vocab_size=500, seq_len=1500, **changes):
     plain = {"micro_batch": 1, "accumulation": 1, "data": 1, "ring": 1, "ulysses": 1, "zero": 1, "element": 2}
     off = {"policy": Policy(compiler="inductor"), "offload_optimizer": False, "offload_parameters": False}
     return Job(model=model, vocab_size=vocab_size, seq_len=seq_len, **(plain | off | changes))
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, now and at most, less those in ``known``."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.seen:
-                storage = x.untyped_storage()
-                self.seen.add(key)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.gone, key, storage.nbytes())
-        self.most = max(self.most, self.now)
-        return out
-
-    def gone(self, key, size):
-        self.seen.discard(key)
-        self.now -= size
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_what_a_model_is_like_is_seen(tmp_path):
     config = HuggingFaceConfig(path=folder_of("Llama", tmp_path))
     assert TrainConfig(model=config).train.policy("cuda").compiler is None
     gpt = job(tmp_path, "x", "", n_layers=2).model
-    assert config.sizes == gpt.sizes
+    assert config.sizes == gpt.sizes  # the MLP's width among them
     assert config.matmul_parameters(261) == gpt.matmul_parameters(261)
     assert config.parameters(261) == gpt.parameters(261) + 5 * 32  # and the norms
     assert config.vocabulary(257) == 261
@@ -296,7 +296,7 @@ def test_what_would_go_wrong_in_silence_is_found_in_the_numbers(kind, fields, wh
         ({"train.recompute_layers": 2}, r"train\.recompute_layers=2: not with model=hf, which takes 1"),
         ({"train.offload": Offload.cpu}, r"train\.offload=cpu: not with model=hf, which takes none"),
         ({"train.mlp_tile": 8}, r"train\.mlp_tile=8: not with model=hf, which takes 0"),
-        ({"train.compile": True}, r"train\.compile=True: not with model=hf, which takes null or false"),
+        ({"train.compile": True}, r"train\.compile=true: not with model=hf, which takes null or false"),
         ({"optim.name": Optimizer.muon}, r"optim\.name=muon: not with model=hf, which takes adamw"),
         ({"phases": [Phase(step=3, seq_len=64, rope_base=1e6)]}, "which takes phases without rope_base"),
         ({"model.path": ""}, "model.path: give a model's folder, or its name on the hub"),

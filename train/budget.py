@@ -24,7 +24,7 @@ from ringspan.train.activations import Activations, Offload, Policy
 from ringspan.train.duration import step_seconds
 from ringspan.train.memory import gpu_bytes, host_bytes
 from ringspan.train.metrics import GIB, flops_per_step, peak_of
-from ringspan.train.model import ModelConfig
+from ringspan.train.model import AnyModel, ModelSizes
 from ringspan.train.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Machine:
 class Job:
     """What decides a run's memory and time."""
 
-    model: ModelConfig
+    model: AnyModel
     vocab_size: int
     seq_len: int  # tokens of a row, all ranks that share it together
     micro_batch: int
@@ -107,18 +107,42 @@ class Job:
         return self.seq_len * (min(self.document or self.seq_len, self.seq_len) + 1) / 2
 
     @property
+    def sizes(self) -> ModelSizes:
+        return self.model.sizes
+
+    @property
     def parameters(self) -> int:
+        """That are trained."""
         return self.model.parameters(self.vocab_size)
 
     @property
+    def all_parameters(self) -> int:
+        return self.model.all_parameters(self.vocab_size)
+
+    @property
+    def head(self) -> int:
+        """Parameters of it."""
+        return self.vocab_size * self.sizes.dim
+
+    @property
     def layer_parameters(self) -> float:
-        m = self.model
-        return (m.matmul_parameters(self.vocab_size) - self.vocab_size * m.dim) / m.n_layers
+        """Of a layer, that a token is multiplied by."""
+        return (self.model.matmul_parameters(self.vocab_size) - self.head) / self.sizes.n_layers
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all but adapters are, the head as well."""
+        return self.model.frozen_parameters > 0
+
+    @property
+    def gathered_at_once(self) -> float:
+        """Parameters, by ZeRO-3."""
+        return max(self.layer_parameters, self.model.largest_parameter(self.vocab_size))
 
     @property
     def by_muon(self) -> float:
         """Parameters that Muon moves."""
-        return self.muon * self.layer_parameters * self.model.n_layers
+        return self.muon * self.layer_parameters * self.sizes.n_layers
 
 
 class Budget(NamedTuple):
@@ -170,10 +194,8 @@ def machine_here(device: torch.device, world: int) -> Machine:
 
 
 def job_of(config: TrainConfig, world: int, vocab_size: int, device_type: str = "cuda") -> Job:
-    """ValueError: a mesh that does not multiply to ``world``, or a model of Transformers."""
+    """ValueError: a mesh that does not multiply to ``world``."""
     data, ring, ulysses = config.parallel.sizes(world)
-    if not isinstance(config.model, ModelConfig):
-        raise ValueError(f"model=hf: {NOT_COUNTED}; launch/train.py with check=true looks at all else")
     return Job(
         model=config.model,
         vocab_size=vocab_size,
@@ -192,20 +214,17 @@ def job_of(config: TrainConfig, world: int, vocab_size: int, device_type: str = 
     )
 
 
-def job_if_counted(config: TrainConfig, world: int, vocab_size: int, device_type: str) -> Job | None:
-    return job_of(config, world, vocab_size, device_type) if isinstance(config.model, ModelConfig) else None
-
-
 def budget(job: Job, machine: Machine) -> Budget:
     seconds = step_seconds(job, machine)
-    m, rows = job.model, job.micro_batch * job.accumulation * job.data
+    m, rows = job.sizes, job.micro_batch * job.accumulation * job.data
     flops = flops_per_step(
-        m.matmul_parameters(job.vocab_size),
+        job.model.matmul_parameters(job.vocab_size),
         rows * job.seq_len,
         n_layers=m.n_layers,
         n_heads=m.n_heads,
         head_dim=m.head_dim,
         attended=round(rows * job.attended),
+        frozen=job.model.frozen_parameters,
     )
     total = sum(seconds.values())
     return Budget(
@@ -219,7 +238,6 @@ def budget(job: Job, machine: Machine) -> Budget:
     )
 
 
-NOT_COUNTED = "what a model of Transformers takes is not counted"
 TILE = 4096  # tokens: products of so many rows run at the matrix units' rate
 SWITCHES = {
     "train.activations": "policy.activations",
@@ -250,21 +268,22 @@ def switches(job: Job, since: Job) -> dict[str, str]:
 def policies(job: Job) -> Iterator[Job]:
     """The same rows on the same mesh with every other policy of activations, ZeRO stage and offload."""
     recomputed = [(how, k) for how in Activations if how is not Activations.keep for k in (1, 2, 4, 8)]
-    kept = [(Activations.keep, 1), *((how, k) for how, k in recomputed if k <= job.model.n_layers)]
+    kept = [(Activations.keep, 1), *((how, k) for how, k in recomputed if k <= job.sizes.n_layers)]
     engines = [(job.zero, False, False)] if job.zero == 0 else [(job.zero, False, False), (job.zero, True, False)]
     engines += [(3, False, False), (3, True, False), (3, True, True)] if job.zero != 3 else [(3, True, True)]
     tiles = sorted({0, TILE, job.policy.mlp_tile})
     for (how, k), offload, tile, engine in itertools.product(kept, Offload, tiles, engines):
         policy = replace(job.policy, activations=how, recompute_layers=k, offload=offload, mlp_tile=tile)
         zero, optimizer, parameters = engine
-        yield replace(job, policy=policy, zero=zero, offload_optimizer=optimizer, offload_parameters=parameters)
+        if job.model.takes(policy):
+            yield replace(job, policy=policy, zero=zero, offload_optimizer=optimizer, offload_parameters=parameters)
 
 
 def meshes(job: Job, micro_batches: tuple[int, ...]) -> Iterator[Job]:
     """Every mesh of as many ranks."""
     world = job.world
     for ulysses, ring in itertools.product(range(1, world + 1), repeat=2):
-        if world % (ulysses * ring) == 0 and job.model.n_heads % ulysses == 0:
+        if world % (ulysses * ring) == 0 and job.sizes.n_heads % ulysses == 0:
             for rows in micro_batches:
                 yield replace(job, data=world // (ulysses * ring), ring=ring, ulysses=ulysses, micro_batch=rows)
 
@@ -312,10 +331,8 @@ def ways_out(job: Job, machine: Machine, most: int = 3) -> list[tuple[str, Budge
     return [(" ".join(f"{name}={value}" for name, value in changes.items()), then) for then, changes in found[:most]]
 
 
-def in_words(job: Job | None, machine: Machine) -> str:
+def in_words(job: Job, machine: Machine) -> str:
     """One line: what a rank needs of what there is, and of a job that does not fit what would."""
-    if job is None:
-        return NOT_COUNTED
     now = budget(job, machine)
     if now.fits:
         host = f", {now.host_gib:.2f} of the host's" if now.host_gib else ""
@@ -327,7 +344,7 @@ def in_words(job: Job | None, machine: Machine) -> str:
 
 
 @contextmanager
-def explained(job: Job | None, machine: Machine, when: Callable[[], str]) -> Iterator[None]:
+def explained(job: Job, machine: Machine, when: Callable[[], str]) -> Iterator[None]:
     """Inside, CUDA's want of memory becomes a ValueError that tells a user what takes it and what would fit."""
     try:
         yield
@@ -335,13 +352,10 @@ def explained(job: Job | None, machine: Machine, when: Callable[[], str]) -> Ite
         raise ValueError(out_of_memory(job, machine, when(), str(error))) from error
 
 
-def out_of_memory(job: Job | None, machine: Machine, when: str, said: str) -> str:
+def out_of_memory(job: Job, machine: Machine, when: str, said: str) -> str:
     """What a user is told when the GPU's memory was not enough: ``said`` is the allocator's message."""
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", said)
     more = f", {asked[1]} more were asked for" if asked else ""
-    if job is None:
-        ways = "train.activations=recompute, engine.zero=3, more ranks in the ring or a shorter seq_len"
-        return f"{when}: out of GPU memory{more}; {NOT_COUNTED}; what takes less: {ways}"
     now = budget(job, machine)
     needed = f"{now.gpu_gib:.1f} of {now.room:.1f} GiB: {in_parts(now.gpu)}"
     return f"{when}: out of GPU memory{more}; the budget is {needed}; {advice(job, machine)}"

@@ -120,10 +120,10 @@ class _Run:
     def memory(self) -> str:
         if self.vocab_size is None:
             raise ValueError("not counted, as the size of the vocabulary is the data's")
-        job = budget.job_if_counted(self.config, self.world, self.vocab_size, self.device.type)
+        job = budget.job_of(self.config, self.world, self.vocab_size, self.device.type)
         machine = budget.machine_here(self.device, self.world)
         words = budget.in_words(job, machine)
-        if job and not budget.budget(job, machine).fits:
+        if not budget.budget(job, machine).fits:
             raise ValueError(words.removeprefix("WARNING: "))
         return words
 

@@ -26,12 +26,13 @@ def step_seconds(job: Job, machine: Machine) -> dict[str, float]:
 
 def layer_seconds(job: Job, machine: Machine) -> dict[str, float]:
     """Forward and backward of all layers, a micro-batch."""
-    m, policy, t, n = job.model, job.policy, job.tokens, job.model.n_layers
+    m, policy, t, n = job.sizes, job.policy, job.tokens, job.sizes.n_layers
     q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
     recomputes, segments = policy.activations is not Activations.keep, policy.recompute_layers > 1
     again = recomputes or bool(policy.mlp_tile and policy.mlp_tile < t)
     twice = (q + 2 * m.mlp_dim) * m.dim * again + (q + 2 * kv) * m.dim * recomputes  # products computed again
-    products = 3 * job.layer_parameters + twice + job.layer_parameters * segments
+    frozen = (job.model.frozen_parameters - job.head) / n if job.frozen else 0  # have no gradient of theirs
+    products = 3 * job.layer_parameters - frozen + twice + job.layer_parameters * segments
     pairs = job.micro_batch * job.attended / (job.ring * job.ulysses)
     attending = 4 * q * pairs * n / (machine.attention_tflops * 1e12)
     backward = BACKWARD * 4 * q * pairs * n / (machine.attention_backward_tflops * 1e12)
@@ -51,7 +52,7 @@ def layer_seconds(job: Job, machine: Machine) -> dict[str, float]:
 def ring_seconds(job: Job, machine: Machine, attention: tuple[float, float], runs: int) -> float:
     """A layer's exchanges, as far as they stick out of its attention; benchmarks/scaling.py has the model."""
     wire = (machine.wire_gb_s if job.world <= machine.gpus else machine.network_gb_s) * 1e9
-    m, e, lost = job.model, job.element, 0.0
+    m, e, lost = job.sizes, job.element, 0.0
     if job.ring > 1:
         sent = 2 * e * m.n_kv_heads * m.head_dim * job.tokens / wire
         for seconds, parcels, times in ((attention[0], 1, runs), (attention[1], 3, 1)):  # keys; again, and gradients
@@ -65,9 +66,10 @@ def ring_seconds(job: Job, machine: Machine, attention: tuple[float, float], run
 
 
 def loss_seconds(job: Job, machine: Machine) -> float:
-    """Three products, and six passes over logits: each is written, read twice, written and read twice."""
+    """Three products, two if the head is frozen, and six passes over logits: each is written, read twice, written and
+    read twice."""
     logits = job.tokens * job.vocab_size
-    products = 6 * logits * job.model.dim / (machine.matrix_tflops * 1e12)
+    products = (4 if job.frozen else 6) * logits * job.sizes.dim / (machine.matrix_tflops * 1e12)
     return products + 6 * job.element * logits / (machine.memory_gb_s * 1e9)
 
 
@@ -86,7 +88,7 @@ def gradient_seconds(job: Job, machine: Machine) -> float:
     wire = (machine.wire_gb_s if job.world <= machine.gpus else machine.network_gb_s) * 1e9
     share = (job.world - 1) / job.world
     reduced = (2 if job.zero < 2 else 1) * 4 * job.parameters * (job.accumulation if job.zero >= 2 else 1)
-    gathered = job.element * job.parameters * (3 * job.accumulation if job.zero == 3 else 1)
+    gathered = job.element * (3 * job.accumulation * job.all_parameters if job.zero == 3 else job.parameters)
     return share * (reduced + gathered) / wire
 
 
@@ -107,7 +109,7 @@ def muon_seconds(job: Job, machine: Machine) -> float:
         return 0.0
     ranks = job.world if job.zero else 1
     sides = [(min(shape), max(shape)) for shape in job.model.layer_matrices()]
-    flops = 2 * ITERATIONS * job.model.n_layers * sum(2 * n * n * m + n**3 for n, m in sides)
+    flops = 2 * ITERATIONS * job.sizes.n_layers * sum(2 * n * n * m + n**3 for n, m in sides)
     there_and_back = 2 * job.element * job.by_muon / ranks
     wire = (machine.wire_gb_s if job.world <= machine.gpus else machine.network_gb_s) * 1e9
     seconds = flops / ranks / (machine.matrix_tflops * 1e12)

@@ -44,7 +44,7 @@ def facts(run: Trainer) -> dict[str, Any]:
         "first_micro_batch": run.batches.facts(run.done.rows_seen),
         "memory": budget.in_words(run.job, run.machine),
         "resumed": str(run.resumed) if run.resumed else "no",
-        **({"expected": expected(run)} if run.job else {}),
+        "expected": expected(run),
         **({"init": c.init} if run.initial and not run.resumed else {}),
         **({"refused": run.refused} if run.refused else {}),
         **({"changed": ", ".join(run.changes)} if run.changes else {}),
@@ -56,7 +56,6 @@ def expected(run: Trainer) -> dict[str, Any]:
     where those are measured. Seconds are known for GPUs whose peak is."""
     lengths = [n for row in run.batches.rows_after(run.done.rows_seen)[0] for n in run.batches.rows.lengths(row)]
     pairs = sum(n * (n + 1) / 2 for n in lengths)
-    assert run.job is not None
     job = replace(run.job, seq_len=run.phase.seq_len)
     # A job's documents are all of one length: that which attends to as many keys
     job = replace(job, document=max(1, round(2 * pairs / (job.micro_batch * job.seq_len) - 1)))

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.windows import WindowedAttention
-from ringspan.train.activations import Activations, Offload
+from ringspan.train.activations import Activations, Offload, Policy
 from ringspan.train.data import DataConfig, prepared_folder
-from ringspan.train.model import AnyModel, AttentionSizes, Make
+from ringspan.train.footprint import Footprint
+from ringspan.train.model import AnyModel, Make, ModelSizes
 from ringspan.train.optim import Optimizer
 
 if TYPE_CHECKING:
     from ringspan.train.config import TrainConfig  # which needs the class here
 
+TAKES: dict[str, tuple[Any, ...]] = {  # of a policy's fields
+    "activations": (Activations.keep, Activations.recompute),
+    "recompute_layers": (1,),
+    "offload": (Offload.none,),
+    "mlp_tile": (0,),
+    "compiler": (None,),
+}
 HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # OWNER/NAME
+
+
+def told(value: Any) -> str:
+    """As it stands in YAML."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(getattr(value, "value", value))
 
 
 class Outline(NamedTuple):
     """What a model is like, without its numbers."""
 
-    attention: AttentionSizes
+    sizes: ModelSizes  # mlp_dim: of a SwiGLU of as many parameters as a token meets
     windows: tuple[int | None, ...]  # of each layer: how many keys a query sees at most
     longest: int  # tokens of the rows that it was made for; 1: it does not say
     vocab_size: int  # rows of its head
-    dim: int  # its columns
-    trained: int  # parameters
+    whole: int  # parameters
+    largest: int  # of one of them
+    trained: int  # of all
     matmul: int  # parameters that a token is multiplied by before the head: of the experts those it goes to
     frozen: int  # of these and the head's, the ones that are not trained
 
@@ -60,8 +74,8 @@ class HuggingFaceConfig(AnyModel):
         return importlib.import_module("ringspan.train.huggingface_model")
 
     @property
-    def sizes(self) -> AttentionSizes:
-        return self.outline.attention
+    def sizes(self) -> ModelSizes:
+        return self.outline.sizes
 
     def vocabulary(self, n_tokens: int) -> int:
         if n_tokens > self.outline.vocab_size:
@@ -75,11 +89,31 @@ class HuggingFaceConfig(AnyModel):
         return self.outline.trained
 
     def matmul_parameters(self, vocab_size: int) -> int:
-        return self.outline.matmul + vocab_size * self.outline.dim
+        return self.outline.matmul + vocab_size * self.sizes.dim
 
     @property
     def frozen_parameters(self) -> int:
         return self.outline.frozen
+
+    def all_parameters(self, vocab_size: int) -> int:
+        return self.outline.whole
+
+    def largest_parameter(self, vocab_size: int) -> int:
+        return self.outline.largest
+
+    @cached_property
+    def footprints(self) -> dict[tuple[bool, int], Footprint]:
+        """What `footprint` has found."""
+        return {}
+
+    def footprint(self, policy: Policy, element: int) -> Footprint:
+        asked = policy.activations is Activations.recompute, element
+        if asked not in self.footprints:
+            self.footprints[asked] = self.model().footprint_of(self, *asked)
+        return self.footprints[asked]
+
+    def takes(self, policy: Policy) -> bool:
+        return all(getattr(policy, name) in known for name, known in TAKES.items())
 
     def attention(self, *args: Any, **kwargs: Any) -> SequenceAttention:
         return WindowedAttention(self.outline.windows, *args, **kwargs)
@@ -90,19 +124,18 @@ class HuggingFaceConfig(AnyModel):
 
     def check(self, config: TrainConfig) -> None:
         self.check_folder(config.data)
-        t = config.train
-        for name, asked, instead in (
-            ("train.activations", t.activations is Activations.recompute_keep_attention, "keep or recompute"),
-            ("train.recompute_layers", t.recompute_layers > 1, "1"),
-            ("train.offload", t.offload is not Offload.none, "none"),
-            ("train.mlp_tile", t.mlp_tile > 0, "0"),
-            ("train.compile", t.compile, "null or false"),
-            ("optim.name", config.optim.name is Optimizer.muon, "adamw"),
-            ("phases", any(phase.rope_base is not None for phase in config.phases), "phases without rope_base"),
+        policy = vars(config.train.policy("cpu"))
+        for name, value, takes in (
+            *((f"train.{field}", policy[field], TAKES[field]) for field in TAKES if field != "compiler"),
+            ("train.compile", config.train.compile, (None, False)),
+            ("optim.name", config.optim.name, (Optimizer.adamw,)),
         ):
-            if asked:
-                value = attrgetter(name)(config)
-                raise ValueError(f"{name}={getattr(value, 'value', value)}: not with model=hf, which takes {instead}")
+            if value not in takes:
+                raise ValueError(
+                    f"{name}={told(value)}: not with model=hf, which takes {' or '.join(map(told, takes))}"
+                )
+        if any(phase.rope_base is not None for phase in config.phases):
+            raise ValueError("phases: not with model=hf, which takes phases without rope_base")
         self.model().require_no_dropout(self)
         self.outline  # noqa: B018 - which finds out what else is amiss, before a worker starts
 

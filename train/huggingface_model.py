@@ -31,8 +31,9 @@ from transformers.utils import logging
 
 from ringspan.parallel.windows import Windowed
 from ringspan.train.agree import from_rank_zero
+from ringspan.train.footprint import Footprint, footprint
 from ringspan.train.huggingface_config import HuggingFaceConfig, Outline
-from ringspan.train.model import AttentionSizes, Head, Make
+from ringspan.train.model import Head, Make, ModelSizes
 from ringspan.train.transformers_attention import NAME, register
 from ringspan.train.transformers_model import alone, hidden_states, inputs, why_not_apart, why_not_fused
 
@@ -61,20 +62,46 @@ def outline_of(config: HuggingFaceConfig) -> Outline:
     layers = about.get_text_config().num_hidden_layers
     if len(sizes) != layers:
         raise refused(config, f"it has {layers} layers, and {len(sizes)} of them ask Transformers for attention")
-    head = model.get_output_embeddings()
-    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    matmul, trained = counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    heads, kv_heads, dim = map(max, zip(*sizes, strict=True))
+    vocab_size, dim = model.get_output_embeddings().weight.shape
+    matmul = counter.get_total_flops() // 2
+    whole, trained = ([p.numel() for p in model.parameters() if p.requires_grad or every] for every in (True, False))
+    heads, kv_heads, head_dim = map(max, zip(*sizes, strict=True))
+    mlp = (matmul - vocab_size * dim) / layers - 2 * dim * (heads + kv_heads) * head_dim
     return Outline(
-        AttentionSizes(layers, heads, kv_heads, dim),
+        ModelSizes(dim, layers, heads, kv_heads, head_dim, max(1, round(mlp / 3 / dim))),
         tuple(windows),
-        getattr(about.get_text_config(), "max_position_embeddings", 1),
-        head.weight.shape[0],
-        head.weight.shape[1],
-        trained,
-        matmul - head.weight.numel(),
-        matmul - trained if adapters else 0,
+        longest=getattr(about.get_text_config(), "max_position_embeddings", 1),
+        vocab_size=vocab_size,
+        whole=sum(whole),
+        largest=max(whole),
+        trained=sum(trained),
+        matmul=matmul - vocab_size * dim,
+        frozen=matmul - sum(trained) if config.lora else 0,
     )
+
+
+def footprint_of(config: HuggingFaceConfig, recompute: bool, element: int) -> Footprint:
+    """Of its layers. ValueError: they do not run on the meta device, or their backward pass does not."""
+    about, wide = described(config), element > 2
+    with torch.device("meta"):
+        model = skeleton(config, about, torch.float32 if wide else torch.bfloat16)
+        if wide and any(p.dim() > 2 for p in model.parameters()):  # torch's products of experts are bf16's alone there
+            narrow = footprint_of(config, recompute, 2)
+            return Footprint(2 * narrow.kept, 2 * narrow.layer)
+    if recompute:
+        recomputing(model)
+    held = [*model.parameters(), *model.buffers()]
+    try:
+        return footprint(lambda tokens, attend: hidden_states(model, tokens, tokens, attend), held)
+    except (RuntimeError, NotImplementedError) as error:
+        raise refused(config, f"what its layers keep cannot be seen ({first_line(error)})") from error
+
+
+def recomputing(model: PreTrainedModel) -> None:
+    """From here on a layer keeps its input alone."""
+    # Its name from 5.23 on, and before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def described(config: HuggingFaceConfig) -> PreTrainedConfig:
@@ -255,9 +282,7 @@ def maker(
             model = skeleton(config, about, dtype)
         fill(model, dict(whole.pop().named_parameters()) if whole else {}, buffers, device)
         if recompute:
-            # Its name from 5.23 on, and before
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            recomputing(model)
         return CausalModel(model, z_loss)
 
     return make

@@ -85,7 +85,7 @@ class Trainer:
         from_rank_zero(lambda: checkpoint.check_writable(run_dir, size))
         self.attend, self.picked = attention_of(config, self.mesh, self.device)
         self.compiling = CompileClock()
-        self.job = budget.job_if_counted(config, self.mesh.world, self.vocab_size, self.device.type)
+        self.job = budget.job_of(config, self.mesh.world, self.vocab_size, self.device.type)
         self.machine = budget.machine_here(self.device, self.mesh.world)
         with self.memory_explained():
             make = config.model.maker(config, self.vocab_size, self.attend)

@@ -28,11 +28,11 @@ def gpu_bytes(job: Job) -> Parts:
 
 
 def moments(job: Job) -> dict[str, Parts]:
-    states, layers = state_bytes(job), job.model.n_layers
+    states, layers = state_bytes(job), job.sizes.n_layers
     kept = on_gpu = kept_bytes(job)
     if job.policy.offload is Offload.cpu:  # a layer's in use, and another's on the wire
         on_gpu = kept * min(2, layers) / layers
-    head = float(job.element * job.vocab_size * job.model.dim)
+    head = float(job.element * job.head)
     gradients, reducing, updating = gradient_bytes(job)
     always = {**states, "ring": ring_bytes(job), "inputs": input_bytes(job)}
     layer, segment = layer_bytes(job), segment_bytes(job)
@@ -48,10 +48,10 @@ def moments(job: Job) -> dict[str, Parts]:
 def state_bytes(job: Job) -> Parts:
     """Parameters and optimizer: what there is between steps."""
     n, share = job.parameters, job.parameters / job.world
-    parameters = float(job.element * n)
+    parameters = float(job.element * job.all_parameters)
     if job.zero == 3:  # gathered for a layer at a time, and some ahead
-        gathered = min(n, PREFETCH + max(job.layer_parameters, job.vocab_size * job.model.dim))
-        parameters = job.element * gathered + (0 if job.offload_parameters else job.element * share)
+        gathered = min(job.all_parameters, PREFETCH + job.gathered_at_once)
+        parameters = job.element * gathered + (0 if job.offload_parameters else parameters / job.world)
     # Two moments, of Muon one, and an fp32 copy; in fp32 without ZeRO the parameters are that copy
     optimizer = 12 * share if job.zero else (8 if job.element == 4 else 12) * n
     optimizer -= 4 * job.by_muon / (job.world if job.zero else 1)
@@ -70,7 +70,7 @@ def gradient_bytes(job: Job) -> tuple[float, float, float]:
     bucket = job.element * BUCKET + 4 * min(BUCKET, n)  # and what is in it once more, in fp32 on its way
     updating = gradients + (job.element + 4) * share
     if job.offload_optimizer:  # they leave for the host as they are reduced
-        gradients = updating = float(job.element * max(job.layer_parameters, job.vocab_size * job.model.dim))
+        gradients = updating = float(job.element * min(n, job.gathered_at_once))
     return (gradients, bucket, updating) if job.zero == 1 else (gradients + bucket, 0.0, updating)
 
 
@@ -85,22 +85,24 @@ def muon_bytes(job: Job) -> float:
 
 def kept_bytes(job: Job) -> float:
     """What all layers keep from forward for backward."""
-    m, policy = job.model, job.policy
+    m, policy = job.sizes, job.policy
     q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
+    exchanged = 2 * q + 2 * kv if job.ulysses > 1 else 0  # queries, keys and values, and out
+    if seen := job.model.footprint(policy, job.element):
+        again = 1 if policy.activations is Activations.recompute else m.n_layers  # layers that hold them at once
+        return job.tokens * (seen.kept + job.element * again * exchanged)
     inputs = m.dim * -(-m.n_layers // policy.recompute_layers)
     elements, statistics = 0, 0
     if policy.activations is not Activations.recompute:
         elements, statistics = q, 4 * m.n_heads
     if policy.activations is Activations.keep:
-        elements += q + 2 * kv + (0 if policy.mlp_tile else m.dim + 2 * m.mlp_dim)
-        if job.ulysses > 1:  # exchanged queries, keys and values, and out
-            elements += 2 * q + 2 * kv
+        elements += q + 2 * kv + (0 if policy.mlp_tile else m.dim + 2 * m.mlp_dim) + exchanged
     return float(job.tokens * (job.element * (inputs + m.n_layers * elements) + m.n_layers * statistics))
 
 
 def segment_bytes(job: Job) -> float:
     """What layers that share one kept input keep once they have run again; the last of them is the first to go."""
-    m, policy = job.model, job.policy
+    m, policy = job.sizes, job.policy
     more = min(policy.recompute_layers, m.n_layers) - 1
     attended = policy.activations is Activations.recompute
     a_layer = job.element * (m.dim + attended * m.n_heads * m.head_dim) + attended * 4 * m.n_heads
@@ -109,7 +111,9 @@ def segment_bytes(job: Job) -> float:
 
 def layer_bytes(job: Job) -> Parts:
     """What a layer's backward pass holds at its worst moment, besides what it has kept."""
-    m, policy, e = job.model, job.policy, job.element
+    m, policy, e = job.sizes, job.policy, job.element
+    if seen := job.model.footprint(policy, e):
+        return {"layer": job.tokens * seen.layer, "attention": 0.0}  # which is in it
     t, tile = job.tokens, job.tokens
     if policy.mlp_tile:
         tile = min(tile, job.micro_batch * policy.mlp_tile)
@@ -132,7 +136,7 @@ def layer_bytes(job: Job) -> Parts:
 
 def attention_bytes(job: Job) -> float:
     """Gradients of attention, a token: sums in fp32, the results beside them, delta and statistics."""
-    m, e = job.model, job.element
+    m, e = job.sizes, job.element
     q, kv = m.n_heads * m.head_dim, m.n_kv_heads * m.head_dim
     sums, rounded = 4 * q if e < 4 else 0, e * (q + 2 * kv)
     if job.ring > 1:
@@ -143,9 +147,9 @@ def attention_bytes(job: Job) -> float:
 
 def loss_bytes(job: Job) -> float:
     """hidden and its gradient, the weight's in fp32, and a chunk of logits, in whose place that in e bytes comes."""
-    m, e = job.model, job.element
+    m, e = job.sizes, job.element
     chunk = e * job.vocab_size * min(job.tokens, rows_of_chunk(job.tokens, job.vocab_size, e))
-    weight = job.vocab_size * m.dim
+    weight = 0 if job.frozen else job.head
     return float(2 * e * job.tokens * m.dim + 4 * weight + max(chunk, e * weight))
 
 
@@ -153,13 +157,13 @@ def ring_bytes(job: Job) -> float:
     """The transport's boxes, which all layers share: keys and values, and the gradients of half the heads in fp32."""
     if job.ring == 1:
         return 0.0
-    kv = job.model.n_kv_heads * job.model.head_dim * job.tokens
+    kv = job.sizes.n_kv_heads * job.sizes.head_dim * job.tokens
     return float(2 * kv * job.element * min(2, job.ring - 1) + 4 * kv)
 
 
 def input_bytes(job: Job) -> float:
     """Tokens, labels and positions of this step and the next, cos and sin, and two spans a token and its transpose."""
-    return float(job.tokens * (2 * 3 * 8 + 4 * job.model.head_dim + 2 * 4 * 4))
+    return float(job.tokens * (2 * 3 * 8 + 4 * job.sizes.head_dim + 2 * 4 * 4))
 
 
 def host_bytes(job: Job) -> Parts:
@@ -168,5 +172,5 @@ def host_bytes(job: Job) -> Parts:
     kept = kept_bytes(job) if job.policy.offload is Offload.cpu else 0.0
     # fp32 parameters, two moments, of Muon one, gradients, and a copy in e bytes to send back
     optimizer = (16 + job.element) * share - 4 * job.by_muon / job.world if job.offload_optimizer else 0.0
-    parameters = job.element * share if job.offload_parameters else 0.0
+    parameters = job.element * job.all_parameters / job.world if job.offload_parameters else 0.0
     return {"activations": kept, "optimizer": optimizer, "parameters": parameters}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.train.activations import Attend as LocalAttend
 from ringspan.train.activations import Layers, Policy
+from ringspan.train.footprint import Footprint
 from ringspan.train.layer import LayerWeights, Sizes
 from ringspan.train.loss import cross_entropy_sum, token_losses
 from ringspan.train.rotary import Rope, Scaling
@@ -34,11 +35,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 Make = Callable[[torch.device, torch.dtype], nn.Module]
 
 
-class AttentionSizes(NamedTuple):
+class ModelSizes(NamedTuple):
+    dim: int
     n_layers: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    mlp_dim: int
 
 
 @dataclass(kw_only=True)
@@ -50,7 +53,7 @@ class AnyModel(ABC):
 
     @property
     @abstractmethod
-    def sizes(self) -> AttentionSizes: ...
+    def sizes(self) -> ModelSizes: ...
 
     @abstractmethod
     def vocabulary(self, n_tokens: int) -> int:
@@ -66,8 +69,27 @@ class AnyModel(ABC):
 
     @property
     def frozen_parameters(self) -> int:
-        """Of those, the ones that are not trained."""
+        """Of those, the ones that are not trained: the head's among them, or there are none."""
         return 0
+
+    def all_parameters(self, vocab_size: int) -> int:
+        """Trained or not."""
+        return self.parameters(vocab_size)
+
+    def largest_parameter(self, vocab_size: int) -> int:
+        return vocab_size * self.sizes.dim
+
+    def layer_matrices(self) -> list[tuple[int, int]]:
+        """(n_out, n_in) of a layer's matrix products, where Muon can move them."""
+        return []
+
+    def footprint(self, policy: Policy, element: int) -> Footprint | None:
+        """Of its activations, of so many bytes an element; None: train/memory.py counts them."""
+        return None
+
+    def takes(self, policy: Policy) -> bool:
+        """Whether its layers can keep what the policy says, and where."""
+        return True
 
     @abstractmethod
     def attention(self, *args: Any, **kwargs: Any) -> SequenceAttention:
@@ -145,8 +167,8 @@ class ModelConfig(AnyModel):
         return self.matmul_parameters(vocab_size) + (0 if self.tie_embeddings else vocab_size * self.dim)
 
     @property
-    def sizes(self) -> AttentionSizes:
-        return AttentionSizes(self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim)
+    def sizes(self) -> ModelSizes:
+        return ModelSizes(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim, self.mlp_dim)
 
     def vocabulary(self, n_tokens: int) -> int:
         return padded_vocabulary(n_tokens)
