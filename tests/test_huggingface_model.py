@@ -226,6 +226,22 @@ def test_what_a_model_is_like_is_seen(tmp_path):
     assert HuggingFaceConfig(path=experts).matmul_parameters(261) == dense + mlp + 2 * 8 * 32  # two, and the router
 
 
+def test_rows_beyond_learned_positions_are_refused(tmp_path):
+    for kind, fields in {"GPT2": {}, "OPT": {"word_embed_proj_dim": 32, "ffn_dim": 48}, "Llama": {}}.items():
+        config = HuggingFaceConfig(path=folder_of(kind, tmp_path / kind, max_position_embeddings=64, **fields))
+        with torch.device("meta"):
+            whole = huggingface_model.skeleton(config, huggingface_model.described(config), torch.float32)
+        model = huggingface_model.CausalModel(whole, 0.0)
+        model.expect(64)
+        if kind == "Llama":
+            model.expect(65)
+            continue
+        with pytest.raises(
+            ValueError, match="rows of 65 tokens: the model has learned positions, of which there are 64"
+        ):
+            model.expect(65)
+
+
 def test_of_a_mixture_of_experts_attention_has_adapters(tmp_path):
     for kind in ("Mixtral", "Qwen3Moe"):
         path = folder_of(kind, tmp_path / kind)

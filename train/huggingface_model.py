@@ -70,7 +70,7 @@ def outline_of(config: HuggingFaceConfig) -> Outline:
     return Outline(
         ModelSizes(dim, layers, heads, kv_heads, head_dim, max(1, round(mlp / 3 / dim))),
         tuple(windows),
-        longest=getattr(about.get_text_config(), "max_position_embeddings", 1),
+        longest=longest_row(about),
         vocab_size=vocab_size,
         whole=sum(whole),
         largest=max(whole),
@@ -78,6 +78,10 @@ def outline_of(config: HuggingFaceConfig) -> Outline:
         matmul=matmul - vocab_size * dim,
         frozen=matmul - sum(trained) if config.lora else 0,
     )
+
+
+def longest_row(about: PreTrainedConfig) -> int:
+    return getattr(about.get_text_config(), "max_position_embeddings", 1)
 
 
 def footprint_of(config: HuggingFaceConfig, recompute: bool, element: int) -> Footprint:
@@ -245,7 +249,12 @@ class CausalModel(nn.Module):
         self.head = Head(model.get_output_embeddings().weight, z_loss)
 
     def expect(self, seq_len: int, rope_base: float | None = None) -> None:
-        """Its positions are its own."""
+        """Its positions are its own. ValueError: they are learned ones, and end before such rows do."""
+        longest = longest_row(self.model.config)
+        tokens = self.model.get_input_embeddings()
+        tables = [x for x in self.model.modules() if isinstance(x, nn.Embedding) and x is not tokens]
+        if seq_len > longest and any(0 <= x.num_embeddings - longest <= 2 for x in tables):  # OPT's begins at 2
+            raise ValueError(f"rows of {seq_len} tokens: the model has learned positions, of which there are {longest}")
 
     def forward(
         self, tokens: Tensor, labels: Tensor, positions: Tensor, ring_plan: Windowed, each: bool = False
