@@ -1,4 +1,4 @@
-"""What a model makes of long contexts: one that training has left, or a Llama or Qwen3 in Hugging Face's layout.
+"""What a model makes of long contexts: one that training has left, or one in Hugging Face's layout.
 
 python launch/evaluate.py checkpoint=runs/NAME                               on the text that the run has held out
 python launch/evaluate.py checkpoint=my_llama text=books/ lengths=[4096,131072] shortest=131072 nproc=8

@@ -1,4 +1,4 @@
-"""Write on from a prompt: with what training has left, or with a Llama or Qwen3 in Hugging Face's layout.
+"""Write on from a prompt: with what training has left, or with a model in Hugging Face's layout.
 
 python launch/generate.py checkpoint=runs/NAME 'prompt=["def main"]'
 python launch/generate.py checkpoint=runs/NAME 'prompt=["class A","import "]' temperature=0.8 top_p=0.95 tokens=200
