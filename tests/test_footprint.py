@@ -34,12 +34,11 @@ KEEP, RECOMPUTE = Policy(), Policy(activations=Activations.recompute)
     [
         ("Llama", {}, None, KEEP, 0.05),
         ("Llama", {}, 4, RECOMPUTE, 0.1),
-        ("Gemma3Text", {"sliding_window": 9}, None, RECOMPUTE, 0.05),
         ("Mixtral", {"num_local_experts": 4}, 4, KEEP, 0.12),  # seen in bf16, whose sums are fp32's here
     ],
 )
 def test_predicts_what_is_allocated(kind, fields, lora, policy, off, tmp_path):
-    n, config = 1100, HuggingFaceConfig(path=folder_of(kind, tmp_path, **WIDE, **fields), pretrained=False, lora=lora)
+    n, config = 600, HuggingFaceConfig(path=folder_of(kind, tmp_path, **WIDE, **fields), pretrained=False, lora=lora)
     inner = huggingface_model.loaded(config, 0).train()
     if policy is RECOMPUTE:
         huggingface_model.recomputing(inner)
