@@ -4,8 +4,11 @@ The TMA copies were renamed in 3.8. The TMA reduce-add has no Python name before
 operation; views of shared memory in another shape changed theirs in 3.9.
 """
 
+from triton.backends.nvidia.compiler import CUDAOptions
 from triton.experimental.gluon.language import _core as core
 from triton.experimental.gluon.language.nvidia.hopper import tma
+
+SPARES_REGISTERS = hasattr(CUDAOptions, "sched4reg")  # 3.9: LLVM can be told to
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global

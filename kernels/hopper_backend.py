@@ -15,6 +15,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import KernelInterface
 
+from ringspan.kernels.gluon_compat import SPARES_REGISTERS
 from ringspan.kernels.hopper_backward import backward_kernel, statistics_kernel
 from ringspan.kernels.hopper_forward import forward_kernel
 from ringspan.kernels.launch import launch, processors
@@ -25,12 +26,16 @@ _SWIZZLED = {bits: NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bi
 
 
 class ForwardConfig(NamedTuple):
-    """`consumers` warpgroups of 64 queries each, at `registers` a thread, and `stages` tiles of `block_n` keys."""
+    """`consumers` warpgroups of 64 queries each, at `registers` a thread, and `stages` tiles of `block_n` keys.
+
+    The warp that loads has `spare` registers a thread.
+    """
 
     consumers: int
     block_n: int
     stages: int
     registers: int
+    spare: int
 
 
 class BackwardConfig(NamedTuple):
@@ -41,12 +46,15 @@ class BackwardConfig(NamedTuple):
     stages: int
 
 
-# By head dim. All compile to zero spills and asynchronous matrix products (tests/test_hopper_ahead_of_time.py); of
-# those, the fastest that were tried on an H100.
-FORWARD = {64: ForwardConfig(3, 128, 3, 160), 128: ForwardConfig(2, 128, 2, 240)}
+# By head dim. All compile to asynchronous matrix products and, by Triton 3.6 to 3.8, to zero spills
+# (tests/test_hopper_ahead_of_time.py); of those, the fastest that were tried on an H100, with Triton 3.6.
+# Triton 3.9 keeps more for the whole kernel than the loading warp has room for: 24 bytes of spills at 240 and 24. Those
+# before it need the 24: at 40 their loops have the same instructions, but not in the order that was measured.
+WIDE = (232, 40) if SPARES_REGISTERS else (240, 24)
+FORWARD = {64: ForwardConfig(3, 128, 3, 160, 24), 128: ForwardConfig(2, 128, 2, *WIDE)}
 BACKWARD = {64: BackwardConfig(128, 128, 2), 128: BackwardConfig(64, 128, 2)}
 # A softcap needs registers, its derivative most.
-FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, 240)}
+FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, *WIDE)}
 BACKWARD_SOFTCAP = BACKWARD | {64: BackwardConfig(64, 128, 2)}
 # Heads are worked on in sections, so that what they walk along stays in L2: a tile of keys for each of an H100's
 # 132 multiprocessors, of two heads at least, as the last section ends unevenly. Sections are equal: 16 heads by 5 are
@@ -118,7 +126,7 @@ def forward(
         {
             "NC": config.consumers, "BN": config.block_n, "D": dim, "STAGES": config.stages,
             "MERGE": into is not None, "SOFTCAP": bool(softcap), "ORDERED": block_m == TILE,
-            "REGISTERS": config.registers,
+            "REGISTERS": config.registers, "SPARE": config.spare,
         },
         num_warps=4,
     )  # fmt: skip
@@ -224,8 +232,13 @@ def _launch(
     kernel: KernelInterface[Any], programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int
 ) -> None:
     # Triton 3.10 changes the default of enable_fp_fusion, and score * scale - max must stay one instruction.
-    device = arguments[0].base.get_device()
-    launch(kernel, (programs,), arguments, constants, device, num_warps=num_warps, enable_fp_fusion=True)
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if SPARES_REGISTERS and constants["D"] == 128:
+        # Triton 3.9 computes the addresses of a tile's products long before them: they overran the uniform registers,
+        # and the backward loop had 510 instructions; now 433, 3.7's has 412. Head dim 64 needs it less (970, 916), and
+        # its products for dv then get an empty one behind them.
+        options["sched4reg"] = True
+    launch(kernel, (programs,), arguments, constants, arguments[0].base.get_device(), **options)
 
 
 class _Tiles(TensorDescriptor):

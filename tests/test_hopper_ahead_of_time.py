@@ -23,8 +23,10 @@ from ringspan.kernels.spans import Spans
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 SHARED_LIMIT = 227 * 1024  # bytes a block may have on compute capability 9.0
-# Bytes a thread: Triton 3.9 assembles by CUDA 13.4's ptxas, which spills where 12.8's and 12.9's do not.
-SPILLS = 112 if triton.__version__.startswith("3.9.") else 0
+VERSION = ".".join(triton.__version__.split(".")[:2])
+# Bytes of spills a thread by (Triton, kernel, head dim, softcap), no more and no less; all others are 0. Triton 3.9
+# copies p before each product that reads it from registers, and its ptxas of CUDA 13.4 keeps both copies.
+SPILLS = {("3.9", "forward_kernel", 64, 0.0): 112}
 
 
 class Report(NamedTuple):
@@ -45,7 +47,7 @@ def record(
     lse = torch.zeros(2, 4, 300)
     mask = plan(Spans.causal(300), 300)
     given = [x.float() if into else None for x in (q, k, k.clone())]
-    with mock.patch.object(hopper_backend, "_launch") as launch, mock.patch.object(hopper_backend, "statistics_kernel"):
+    with mock.patch.object(hopper_backend, "launch") as launch:
         before = (q.float(), lse) if into else None
         hopper_backend.forward(q, k, k, mask, scale=0.1, softcap=softcap, into=before, out_dtype=out_dtype)
         hopper_backend.backward(
@@ -57,14 +59,13 @@ def record(
 
 
 def build(launch: Any) -> Report:
-    kernel, _, arguments, constants = launch.args
+    kernel, _, arguments, constants, _ = launch.args
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
     signature = {name: "constexpr" if name in constants else signature_of(values[name]) for name in kernel.arg_names}
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     aligned = {places[name]: [["tt.divisibility", 16]] for name, x in values.items() if isinstance(x, Tensor)}
     source = GluonASTSource(kernel, signature, {places[name]: x for name, x in constants.items()}, aligned)
-    options = {**launch.kwargs, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.kwargs)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -91,10 +92,10 @@ def count(sass: Counter[str], prefix: str) -> int:
     return sum(n for name, n in sass.items() if name.startswith(prefix))
 
 
-def check(report: Report) -> None:
+def check(report: Report, spills: int) -> None:
     assert report.shared <= SHARED_LIMIT
-    assert report.stack <= SPILLS, f"{report.stack} bytes of spills"
-    assert SPILLS or count(report.sass, "STL") == count(report.sass, "LDL") == 0
+    assert report.stack == spills, f"{report.stack} bytes of spills"
+    assert spills or count(report.sass, "STL") == count(report.sass, "LDL") == 0
     assert count(report.sass, "HGMMA") == len(re.findall(r"wgmma\.mma_async", report.ptx)) > 0
     # Where ptxas serialises products (its warnings C7510 to C7517), it adds fences and waits that nobody wrote.
     assert count(report.sass, "WARPGROUP.ARRIVE") == len(re.findall(r"wgmma\.fence", report.ptx))
@@ -114,10 +115,10 @@ CASES = [
 @pytest.mark.parametrize("dtype, softcap, into, out_dtype, deterministic", CASES)
 def test_what_is_launched_compiles_well(head_dim, dtype, softcap, into, out_dtype, deterministic):
     launches = record(head_dim, dtype, softcap, into, out_dtype, deterministic)
-    forward, backward = build(launches["forward_kernel"]), build(launches["backward_kernel"])
-    check(forward)
+    forward, backward = (build(launches[name]) for name in ("forward_kernel", "backward_kernel"))
+    check(forward, SPILLS.get((VERSION, "forward_kernel", head_dim, softcap), 0))
     assert count(forward.sass, "UTMASTG") > 0, "out leaves by TMA, which stops at the end of each sequence"
-    check(backward)
+    check(backward, SPILLS.get((VERSION, "backward_kernel", head_dim, softcap), 0))
     assert count(backward.sass, "UTMAREDG") > 0, "dq is added by TMA"
     assert count(backward.sass, "RED") == count(backward.sass, "ATOM") == 0, "dk and dv have no atomics"
 
