@@ -245,6 +245,20 @@ def script(capsys, *arguments):
     return (exit_code("budget.py", *arguments), *capsys.readouterr())
 
 
+@pytest.mark.parametrize("name", sorted(set(vars(H100)) - {"name"}))
+def test_every_figure_of_a_machine_counts(name):
+    one = a_job(LARGE, 128_256, 2**20, ring=16, policy=Policy(offload=Offload.cpu), offload_optimizer=True)
+    within = a_job(LARGE, 128_256, 2**17, ring=2)
+    other = replace(H100, **{name: 0.5 if name == "unused" else type(getattr(H100, name))(3 * getattr(H100, name))})
+    assert [budget(job, other) for job in (one, within)] != [budget(job, H100) for job in (one, within)]
+
+
+@pytest.mark.parametrize("name", ["memory_gb_s", "attention_tflops", "gpus"])
+def test_a_rate_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=rf"machine\.{name}=0: must be above 0"):
+        Machine(**{name: 0})
+
+
 def test_the_command(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, out, err = script(capsys, "model=llama8b", "nproc=2", "seq_len=131072", "vocab_size=128256")
