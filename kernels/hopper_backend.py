@@ -231,8 +231,7 @@ def _backward(
 def _launch(
     kernel: KernelInterface[Any], programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int
 ) -> None:
-    # Triton 3.10 changes the default of enable_fp_fusion, and score * scale - max must stay one instruction.
-    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": num_warps}
     if SPARES_REGISTERS and constants["D"] == 128:
         # Triton 3.9 computes the addresses of a tile's products long before them: they overran the uniform registers,
         # and the backward loop had 510 instructions; now 433, 3.7's has 412. Head dim 64 needs it less (970, 916), and

@@ -30,7 +30,10 @@ def launch(
         compiled = _compiled.get(key)
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
-        elif (compiled := kernel[grid](*arguments, **constants, **options)) is not None:  # None: interpreted
+            return
+        # Triton 3.10 changes the default of enable_fp_fusion, and score * scale - max must stay one instruction.
+        compiled = kernel[grid](*arguments, **constants, enable_fp_fusion=True, **options)
+        if compiled is not None:  # None: interpreted
             _compiled[key] = compiled
 
 

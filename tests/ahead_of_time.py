@@ -78,7 +78,7 @@ def build(launch: Launch, capability: int) -> Report:
         if specialized and (isinstance(value, Tensor) or value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     return Report(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])

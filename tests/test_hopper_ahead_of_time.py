@@ -65,7 +65,9 @@ def build(launch: Any) -> Report:
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     aligned = {places[name]: [["tt.divisibility", 16]] for name, x in values.items() if isinstance(x, Tensor)}
     source = GluonASTSource(kernel, signature, {places[name]: x for name, x in constants.items()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.kwargs)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={**launch.kwargs, "enable_fp_fusion": True}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -58,7 +58,7 @@ class Machine:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             rate = name == "gpus" or name.endswith(("_tflops", "_gb_s"))  # which something is divided by
-            if name != "name" and not (0 < value if rate else 0 <= value):
+            if name != "name" and not (value > 0 if rate else value >= 0):
                 raise ValueError(f"machine.{name}={value}: must be {'above 0' if rate else '0 or more'}")
         if self.unused >= 1:
             raise ValueError(f"machine.unused={self.unused}: a fraction of the memory, below 1")
