@@ -287,19 +287,32 @@ def test_models_that_cannot_are_refused_before_a_worker_starts(kind, tmp_path):
     assert str(told.value).startswith(f"model.path={path}: ")
 
 
+def why_refused(config: HuggingFaceConfig) -> str:
+    """Before a worker starts, or in the numbers of the model."""
+    try:
+        config.check(TrainConfig(name="x", run_dir="x"))
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    model = huggingface_model.loaded(config, 0)
+    return why_not_apart(model) or why_not_fused(model) or ""
+
+
 @pytest.mark.parametrize(
     "kind, fields, why",
     [
         ("Phi", {}, "its head adds a bias to the logits"),
         ("Gemma2", {"head_dim": 8}, "its logits are not hidden states times its head's matrix"),
-        ("FalconH1", {"mamba_d_ssm": 32, "mamba_n_heads": 4}, "its tokens see one another by more than attention"),
+        (
+            "FalconH1",
+            {"mamba_d_ssm": 32, "mamba_n_heads": 4},
+            # Of Transformers 5.12 the forward cannot be tried on the meta device
+            "its tokens see one another by more than attention|its forward does not run on our attention",
+        ),
     ],
 )
 def test_what_would_go_wrong_in_silence_is_found_in_the_numbers(kind, fields, why, tmp_path):
     config = HuggingFaceConfig(path=folder_of(kind, tmp_path, **fields), pretrained=False)
-    config.check(TrainConfig(name="x", run_dir="x"))
-    model = huggingface_model.loaded(config, 0)
-    assert re.match(why, why_not_apart(model) or why_not_fused(model))
+    assert re.match(why, why_refused(config))
 
 
 @pytest.mark.parametrize(
