@@ -131,6 +131,9 @@ class Product:
         assert not any(isinstance(x, Memory) and x.root in unfenced for x in (a, b)), "a product before a fence"
 
     def compute(self) -> None:
+        """Once: its operands may be gone later."""
+        if self.result is not None:
+            return
         a, b = (x.data if isinstance(x, Memory) else x.as_subclass(Tensor) for x in self.operands)
         self.result = value(self.acc.as_subclass(Tensor) + a.float() @ b.float())
 
@@ -191,15 +194,13 @@ def fence_async_shared() -> None:
     running_machine().running.unfenced.clear()
 
 
-def warpgroup_mma(
-    a: Value | Memory, b: Memory, acc: Value, use_acc: bool = True, is_async: bool = False
-) -> Product:  # fmt: skip
+def warpgroup_mma(a: Value | Memory, b: Memory, acc: Value, use_acc: bool = True, is_async: bool = False) -> Product:
     product = Product(a, b, acc, use_acc)
     queue = running_machine().running.products
     queue.append(product)
     if running_machine().chance.random() < 0.5:
         for one in queue:
-            one.result is None and one.compute()
+            one.compute()
     return product
 
 
@@ -208,7 +209,7 @@ def warpgroup_mma_wait(pending: int, deps: Sequence[Product]) -> Any:
     warps.wait("a product", lambda: True)
     while len(warps.products) > pending:
         one = warps.products.pop(0)
-        one.result is None and one.compute()
+        one.compute()
     assert all(one not in warps.products for one in deps), "a product is used before it is there"
     return deps[0].result
 
