@@ -26,16 +26,12 @@ _SWIZZLED = {bits: NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bi
 
 
 class ForwardConfig(NamedTuple):
-    """`consumers` warpgroups of 64 queries each, at `registers` a thread, and `stages` tiles of `block_n` keys.
-
-    The warp that loads has `spare` registers a thread.
-    """
+    """`consumers` warpgroups of 64 queries each, at `registers` a thread, and `stages` tiles of `block_n` keys."""
 
     consumers: int
     block_n: int
     stages: int
     registers: int
-    spare: int
 
 
 class BackwardConfig(NamedTuple):
@@ -48,13 +44,13 @@ class BackwardConfig(NamedTuple):
 
 # By head dim. All compile to asynchronous matrix products and, by Triton 3.6 to 3.8, to zero spills
 # (tests/test_hopper_ahead_of_time.py); of those, the fastest that were tried on an H100, with Triton 3.6.
-# Triton 3.9 keeps more for the whole kernel than the loading warp has room for: 24 bytes of spills at 240 and 24. Those
-# before it need the 24: at 40 their loops have the same instructions, but not in the order that was measured.
-WIDE = (232, 40) if SPARES_REGISTERS else (240, 24)
-FORWARD = {64: ForwardConfig(3, 128, 3, 160, 24), 128: ForwardConfig(2, 128, 2, *WIDE)}
+# Triton 3.9 keeps more for the whole kernel than the loading warp has room for beside 240: 24 bytes of spills. Those
+# before it get the 240: at 232 their loops have the same instructions, but not in the order that was measured.
+WIDE = 232 if SPARES_REGISTERS else 240
+FORWARD = {64: ForwardConfig(3, 128, 3, 160), 128: ForwardConfig(2, 128, 2, WIDE)}
 BACKWARD = {64: BackwardConfig(128, 128, 2), 128: BackwardConfig(64, 128, 2)}
 # A softcap needs registers, its derivative most.
-FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, *WIDE)}
+FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, WIDE)}
 BACKWARD_SOFTCAP = BACKWARD | {64: BackwardConfig(64, 128, 2)}
 # Heads are worked on in sections, so that what they walk along stays in L2: a tile of keys for each of an H100's
 # 132 multiprocessors, of two heads at least, as the last section ends unevenly. Sections are equal: 16 heads by 5 are
@@ -126,7 +122,7 @@ def forward(
         {
             "NC": config.consumers, "BN": config.block_n, "D": dim, "STAGES": config.stages,
             "MERGE": into is not None, "SOFTCAP": bool(softcap), "ORDERED": block_m == TILE,
-            "REGISTERS": config.registers, "SPARE": config.spare,
+            "REGISTERS": config.registers,
         },
         num_warps=4,
     )  # fmt: skip

@@ -338,13 +338,13 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
                    n_queries, n_keys, n_heads, kv_group, n_all_heads, section, score_scale, bend,
                    NC: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
                    MERGE: gl.constexpr, SOFTCAP: gl.constexpr, ORDERED: gl.constexpr,
-                   REGISTERS: gl.constexpr, SPARE: gl.constexpr):  # fmt: skip
+                   REGISTERS: gl.constexpr):  # fmt: skip
     """Tiles of NC * 64 queries of one head each: out and lse, merged with old and lse if MERGE.
 
     LSE (batch, heads, queries) fp32; LO, HI (1 or batch, queries); ORDER (1 or batch, tiles) if ORDERED, else the
     tiles run from the last one down; TAKEN (1,) int32 is 0 at the start: tiles taken.
     `section` heads are worked on at a time. score_scale is scale * log2(e), or softcap * log2(e) with SOFTCAP, whose
-    `bend` is 2 * scale * log2(e) / softcap. REGISTERS: of a consumer's thread, SPARE: of the loading warp's.
+    `bend` is 2 * scale * log2(e) / softcap. REGISTERS: of a consumer's thread.
     """
     dtype: gl.constexpr = q_desc.dtype
     wide: gl.constexpr = gl.float32 if MERGE else out_desc.dtype
@@ -368,8 +368,8 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
                  order_stride, n_queries, n_keys, n_heads, kv_group, n_all_heads, section)  # fmt: skip
     args = (out_desc, q_s, k_s, v_s, out_s, tile_s, bounds_s, q_full, q_empty, k_full, v_full, old_full, old_empty,
             tile_full, tile_empty, LSE, n_queries, score_scale, bend)  # fmt: skip
-    # The constexprs stand in every list: a tuple bound to a name would turn them into tensors. SPARE is what
-    # 504 (NC == 2) or 512 leave: given more, the compiler takes it from the consumers, and serialises their products.
+    # The constexprs stand in every list: a tuple bound to a name would turn them into tensors. The loading warp has
+    # what 504 registers leave: given more, the compiler takes it from the consumers, and serialises their products.
     if NC == 2:
         gl.warp_specialize(
             [
@@ -378,7 +378,7 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
                 (_produce, (load_args, NC, BN, STAGES, MERGE, MERGE and out_desc.dtype == gl.float32, ORDERED)),
             ],
             [4, 1],
-            [REGISTERS, SPARE],
+            [REGISTERS, 504 - NC * REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -389,5 +389,5 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
                 (_produce, (load_args, NC, BN, STAGES, MERGE, MERGE and out_desc.dtype == gl.float32, ORDERED)),
             ],
             [4, 4, 1],
-            [REGISTERS, REGISTERS, SPARE],
+            [REGISTERS, REGISTERS, 504 - NC * REGISTERS],
         )
