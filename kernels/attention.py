@@ -47,8 +47,7 @@ def attention(
     masks = [spans] if isinstance(spans, (Spans, Plan)) else list(spans)
     if not masks:
         raise ValueError("spans is an empty list: give one mask or more")
-    keys = k.shape[1]
-    plans = [mask if isinstance(mask, Plan) else plan(mask.within(keys).to(q.device), keys) for mask in masks]
+    plans = [mask if isinstance(mask, Plan) else plan(mask, k.shape[1], q.device) for mask in masks]
     check_shapes(q, k, v, plans, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     flat = [tensor for one in plans for tensor in one]

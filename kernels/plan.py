@@ -28,12 +28,14 @@ class Plan(NamedTuple):
     key_order: Tensor
 
 
-def plan(spans: Spans, keys: int) -> Plan:
-    """The plan of ``spans`` over ``keys`` keys, on the spans' device, without a host sync.
+def plan(spans: Spans, keys: int, device: torch.device | None = None) -> Plan:
+    """The plan of ``spans`` over ``keys`` keys, on ``device`` (default: the spans'), without a host sync.
 
     ValueError: as of `Spans.within`.
     """
-    transposed = spans.within(keys).transpose(keys)
+    spans = spans.within(keys)
+    spans = spans if device is None else spans.to(device)
+    transposed = spans.transpose(keys)
     lo, hi = spans.lo.contiguous(), spans.hi.contiguous()
     query_order = _order(*_reach(lo, hi), lo[:, ::TILE])
     first, last = _reach(transposed.lo, transposed.hi)
