@@ -97,7 +97,7 @@ def footprint_of(config: HuggingFaceConfig, recompute: bool, element: int) -> Fo
     held = [*model.parameters(), *model.buffers()]
     try:
         return footprint(lambda tokens, attend: hidden_states(model, tokens, tokens, attend), held)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:  # NotImplementedError is one
         raise refused(config, f"what its layers keep cannot be seen ({first_line(error)})") from error
 
 
