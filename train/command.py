@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,12 @@ def run_hydra(on_job: Callable[[], object], script: str, schema: type, usage: st
     if usage and {"--help", "-h"} & set(sys.argv[1:]):
         print(help_of(script, usage))
         return 0
+    for argument in sys.argv[1:]:
+        null = re.fullmatch(r"(\w+)=null", argument)  # of a group: Hydra has a traceback for it
+        if null and (options := sorted(Path(CONF, null[1]).glob("*.yaml"))):
+            names = ", ".join(option.stem for option in options)
+            print(f"{script}: {argument}: must be one of {names}", file=sys.stderr, flush=True)
+            return 1
     hydra.utils.instantiate = _no_code
     # Hydra then raises what it would print, over several lines and with a hint at this very variable
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -156,12 +156,17 @@ def explain(error: Exception, schema: type = TrainConfig) -> str:
     if missing:
         return _unknown_option(missing)
     inner = next((one for one in chain if isinstance(one, OmegaConfBaseException)), None)
+    part = inner.object_type if inner and is_dataclass(inner.object_type) else schema
     key = str((inner and inner.full_key) or "")
+    if key and part is Phase and "." not in key:  # of a list's part OmegaConf says no more than its own field
+        key = f"phases.{key}"
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
-        return _unknown_key(key, inner.object_type if is_dataclass(inner.object_type) else schema)
+        return _unknown_key(key, part)
     told = " ".join(str(inner if key else error).split("full_key:")[0].split())
     if "is not a ListConfig, list or tuple" in told:
         return f"{key}: must be a list; write '{key}=[...]'"
+    if told.endswith("is not Optional"):
+        return f"{key}=null: it must have a value"
     said = told + _plain_number(told)
     return f"{key}: {said}" if key and key not in said else said
 
