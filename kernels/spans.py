@@ -161,10 +161,14 @@ class Spans:
         return self
 
     def within(self, keys: int) -> Spans:
-        """Itself. ValueError: it is on the host and reaches past the keys, where kernels would read. On a GPU only a
-        sync could tell, and a compiler knows no values."""
-        known = self.hi.device.type == "cpu" and not torch.compiler.is_compiling()
-        if known and bool(((self.lo[:, :1] < 0) | (self.hi[:, -1:] > keys)).any()):  # neither ever falls
+        """Itself. ValueError: it reaches past the keys, where kernels would read. On a GPU, where the host could only
+        tell by waiting, CUDA's own assertion ends the process; a compiler knows no values."""
+        if torch.compiler.is_compiling() or self.hi.is_meta:
+            return self
+        inside = ~((self.lo[:, :1] < 0) | (self.hi[:, -1:] > keys)).any()  # neither bound ever falls
+        if self.hi.is_cuda:
+            torch._assert_async(inside, f"a mask reaches past the {keys} keys")
+        elif not bool(inside):
             self.check(keys)
         return self
 

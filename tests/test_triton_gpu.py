@@ -1,6 +1,8 @@
 """The Triton kernels on a GPU: drawn cases of every kind against float64, poisoned memory, long and strided inputs."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
@@ -129,3 +131,21 @@ def test_offsets_past_two_to_the_31() -> None:
     for got, want in zip(gradients, own_gradients, strict=True):
         size = want[:, seen].abs().max().item()
         torch.testing.assert_close(got[:, tail][:, seen], want[:, seen], rtol=0, atol=2**-7 * size)
+
+
+def test_a_mask_made_on_the_gpu_that_reaches_past_the_keys_ends_the_process():
+    """In one of its own: CUDA is of no more use there."""
+    lines = (
+        "import torch",
+        "from ringspan.kernels.plan import plan",
+        "from ringspan.kernels.spans import Spans",
+        "plan(Spans.causal(4, 5).to('cuda'), 5)",
+        "torch.cuda.synchronize()",
+        "print('within', flush=True)",
+        "plan(Spans.causal(4, 5).to('cuda'), 4)",
+        "torch.cuda.synchronize()",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert done.stdout == "within\n"
+    assert "a mask reaches past the 4 keys" in done.stdout + done.stderr
