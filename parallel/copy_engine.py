@@ -92,19 +92,20 @@ class Mailbox:
     def __init__(self, link: Link, boxes: int) -> None:
         self.link, self.boxes = link, boxes
         self.room = 0  # bytes of a box
-        self.started = self.finished = 0
+        self.started = 0
+        self.open: list[_Delivery] = []
 
     def reserve(self, nbytes: int) -> None:
         """Boxes for pairs of tensors of up to that size; collective where they must grow."""
         room = 2 * _aligned(nbytes)
         if room > self.room:
             self.link.allocate(self.boxes * room)
-            self.room, self.started, self.finished = room, 0, 0
+            self.room, self.started = room, 0
 
     @within("ring")
     def exchange(self, sent: Pair, to: int, rows: int, source: int, what: str) -> _Delivery:
         number, link = self.started, self.link
-        assert number - self.finished < self.boxes, f"{what}: the box of {self.boxes} exchanges ago has not been read"
+        assert len(self.open) < self.boxes, f"{what}: the box of {self.boxes} exchanges ago has not been read"
         self.started += 1
         link.follow(link.here())  # what is sent has been written; `done` has seen to what was in our box
         if rows:
@@ -116,7 +117,9 @@ class Mailbox:
                 link.push(to, place, x)
             link.tell(to, link.ranks + link.rank, number + 1)
         shape = (sent[0].shape[0], rows, *sent[0].shape[2:])
-        return _Delivery(self, number, link.mark(), offset, shape, sent, to, source, what)
+        delivery = _Delivery(self, number, link.mark(), offset, shape, sent, to, source, what)
+        self.open.append(delivery)
+        return delivery
 
     def _places(self, offset: int, x: Tensor) -> tuple[int, int]:
         nbytes = _aligned(x.numel() * x.element_size())
@@ -145,8 +148,8 @@ class _Delivery:
         return first, link.box(second, self.shape, self.dtype)
 
     def done(self) -> None:
-        assert self.mailbox.finished == self.number, f"{self.what}: exchanges are done with in their order"
-        self.mailbox.finished += 1
+        assert self.mailbox.open[0] is self, f"{self.what}: exchanges are done with in their order"
+        del self.mailbox.open[0]
         for reader in self.readers:
             self.mailbox.link.follow(reader)
         self.sent = None

@@ -41,6 +41,7 @@ from ringspan.parallel.transport import (
     group_by_name,
     open_lane,
     pick_transport,
+    settled,
 )
 
 OPERATOR = "ring_attention"  # of torch.ops.ringspan
@@ -182,7 +183,7 @@ def _forward(
     first, *others = _shares(q, k, steps)
     parts = [_Forward(first, steps, q, sinks, out, run)]
     parts += [_Forward(share, steps[1:] + steps[:1], q, sinks, out, run) for share in others]
-    with side_by_side(q.device, _streams(q, len(parts))) as streams:
+    with settled(lane), side_by_side(q.device, _streams(q, len(parts))) as streams:
         for i, _, step, arriving in _turns(len(parts), _travelling(k, v, steps, lane, "forward")):
             with streams.on(i):
                 parts[i].block(step, arriving.wait())
@@ -281,7 +282,7 @@ def _backward(
         )
         inputs = dout, q, lse, delta
         parts = [_Backward(share, steps, inputs, k, run, gradients) for share in _shares(q, k, steps)]
-        with side_by_side(q.device, _streams(q, len(parts))) as streams:
+        with settled(keys, gradients), side_by_side(q.device, _streams(q, len(parts))) as streams:
             for i, number, step, arriving in _turns(len(parts), _travelling(k, v, steps, keys, "backward")):
                 with streams.on(i):
                     parts[i].block(number, step, arriving.wait())

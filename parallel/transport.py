@@ -5,8 +5,8 @@ A new wire is a new class with one verb, `exchange`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, cast
 
 import torch
@@ -32,6 +32,10 @@ class Exchange(Protocol):
 class Transport(Protocol):
     """One lane between the ranks of a group: its exchanges are started, and done with, in one order on all ranks."""
 
+    @property
+    def open(self) -> Sequence[Exchange]:
+        """Those that are started and not done with, in order."""
+
     def exchange(self, sent: Pair, to: int, rows: int, source: int, what: str) -> Exchange:
         """Start to send a pair to rank ``to`` and to receive its like of ``rows`` rows from rank ``source``; returns at
         once. What has no rows is not sent. ``what`` is for error messages."""
@@ -42,6 +46,7 @@ class PointToPoint:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.open: list[_Works] = []
 
     def exchange(self, sent: Pair, to: int, rows: int, source: int, what: str) -> _Works:
         shape = (sent[0].shape[0], rows, *sent[0].shape[2:])
@@ -53,14 +58,16 @@ class PointToPoint:
             if tensor.numel()
         ]
         wait = Wait(self.group, sent[0].device, "p2p", what, source, to)
-        return _Works(moves, arriving, wait)
+        works = _Works(moves, arriving, wait, self.open)
+        self.open.append(works)
+        return works
 
 
 class _Works:
-    def __init__(self, moves: list[dist.P2POp], arriving: Pair, waiting: Wait) -> None:
+    def __init__(self, moves: list[dist.P2POp], arriving: Pair, waiting: Wait, open_: list[_Works]) -> None:
         self.moves, self.arriving, self.waiting = moves, arriving, waiting  # the moves keep what is being sent alive
         self.works = dist.batch_isend_irecv(moves) if moves else []
-        self.waited = False
+        self.waited, self.open = False, open_
 
     @within("ring")
     def wait(self) -> Pair:
@@ -78,6 +85,23 @@ class _Works:
     def done(self) -> None:
         """Nobody waits for the memory: it is this exchange's own."""
         self.moves = []
+        self.open.remove(self)
+
+
+@contextmanager
+def settled(*lanes: Transport) -> Iterator[None]:
+    """Inside is a pass. Before an error leaves it, what is on its way arrives: it would else be taken for the next
+    pass's, which waits for ever. All ranks that have come as far have started it, and where one is lost none waits."""
+    try:
+        yield
+    except TransportError:
+        raise
+    except BaseException:
+        with suppress(RuntimeError):  # a rank is lost, too: what was raised first is told
+            for exchange in [one for lane in lanes for one in lane.open]:
+                exchange.wait()
+                exchange.done()
+        raise
 
 
 TRANSPORTS: dict[str, Callable[[dist.ProcessGroup, torch.device, Lane], Transport]] = {

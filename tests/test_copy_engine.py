@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringspan.parallel.copy_engine import Mailbox, _obstacle
+from ringspan.parallel.transport import settled
 
 PATIENCE = 20.0  # seconds until a wait of the machine counts as a deadlock
 HEADS, DIM = 2, 3
@@ -212,6 +213,9 @@ class Nothing:
     def allocate(self, nbytes: int) -> None:
         self.allocated += 1
 
+    def box(self, *place: object) -> Tensor:
+        return torch.empty(0)
+
     def __getattr__(self, name: str) -> Callable[..., object]:
         return lambda *arguments: nullcontext()
 
@@ -238,6 +242,17 @@ def test_two_exchanges_may_be_open_and_end_in_their_order():
     second.done()
     with pytest.raises(AssertionError, match="in a box of"):
         mailbox.exchange((torch.empty(1, 999, 1, 1),) * 2, 1, 1, 1, "too much")
+
+
+def test_an_error_leaves_no_exchange_open():
+    mailbox, pair = Mailbox(Nothing(), 2), (torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1))
+    mailbox.reserve(1000)
+    for error in (MemoryError, KeyboardInterrupt):
+        with suppress(error), settled(mailbox):
+            for n in range(2):
+                mailbox.exchange(pair, 1, 1, 1, f"exchange {n}")
+            raise error
+    assert (mailbox.open, mailbox.started) == ([], 4)
 
 
 def test_who_reaches_whom():

@@ -1,10 +1,11 @@
 """Wires of the ring on gloo: stalling ranks change nothing, lost ones end the job in time, unlike ones are refused."""
 
+import itertools
 import os
 import random
 import tempfile
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -66,6 +67,38 @@ def soak(passes: int) -> int:
 def test_stalling_ranks_change_no_bit(ranks):
     """8 passes forward and backward over 4 ranks: 64 steps."""
     assert ranks(4)(soak, 8) == [0] * 4
+
+
+def pass_after_errors(where: list[tuple[str, int, int | None]]) -> list[bool]:
+    """Whether a pass gives what it has to after one that a block of ``ring.NAME`` has broken off, on a rank or all."""
+    group = dist.group.WORLD
+    one = make(128, group, 0)
+    expected, same = there_and_back(*one, group), []
+    for name, block, rank in where:
+        real, calls = getattr(ring, name), itertools.count()
+
+        def failing(*args: Any, real: Any = real, calls: Any = calls, block: int = block, **given: Any) -> Any:
+            if next(calls) == block:
+                raise MemoryError
+            return real(*args, **given)
+
+        here = rank in (None, group.rank())
+        ring_plan, (q, k, v, dout) = one
+        with mock.patch.object(ring, name, failing if here else real), suppress(MemoryError):
+            out = ring_attention(q, k, v, ring_plan, group, backend="torch")
+            if rank is None:
+                torch.autograd.grad(out, (q, k, v), dout)
+        found = there_and_back(*one, group)
+        same.append(next(calls) > block or not here)  # it did fail
+        same += [torch.equal(mine, right) for mine, right in zip(found, expected, strict=True)]
+    return same
+
+
+def test_a_pass_that_an_error_breaks_off_leaves_nothing_to_the_next(ranks):
+    """4 ranks: 8 blocks of two shares of the heads. Without it the next one waits for ever."""
+    blocks = [(name, block, None) for name in ("attention_forward", "attention_backward") for block in (0, 3, 6, 7)]
+    for same in ranks(4)(pass_after_errors, [*blocks, ("attention_forward", 7, 2)]):
+        assert all(same), same
 
 
 def lose_a_rank(rank: int, folder: str, device: str, transport: str, dies: bool, limit: float, tell: Any) -> None:
