@@ -102,7 +102,7 @@ def ours(case: Case, device: torch.device, transport: str = "auto") -> Contestan
     layout = Layout.zigzag(case.length, ranks) if causal else Layout.balanced(spans, ranks)
     ring_plan = plan_ring(spans, layout, group.rank()).to(device)
     leaves, dout = inputs(case, layout.rows, case.heads, case.kv_heads, device)
-    steps = read_steps(ring_plan.table, ring_plan.data, layout.rows, group.rank(), group.size())
+    steps = read_steps(ring_plan.table, ring_plan.data, leaves[0], group.rank(), group.size())
     facts = {
         "transport": pick_transport(transport, group, device),
         "imbalance": round(lockstep_imbalance(spans, layout), 4),

@@ -7,6 +7,8 @@ their log-sum-exp as in Milakov and Gimelshein's online softmax (arXiv 1805.0286
 import functools
 import importlib
 import importlib.util
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -15,9 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringspan.kernels.plan import Plan, plan
-from ringspan.kernels.spans import Spans
+from ringspan.kernels.spans import Spans, is_known
 
 BACKENDS = ("hopper", "triton", "torch")  # fastest first: the order in which "auto" tries them
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 Mask = Spans | Plan | Sequence[Spans | Plan]
 
 
@@ -48,8 +51,8 @@ def attention(
     if not masks:
         raise ValueError("spans is an empty list: give one mask or more")
     plans = [mask if isinstance(mask, Plan) else plan(mask, k.shape[1], q.device) for mask in masks]
-    check_shapes(q, k, v, plans, sinks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_inputs(q, k, v, plans, sinks, scale, softcap)
+    _check_disjoint(masks)
     flat = [tensor for one in plans for tensor in one]
     out, lse = _Attention.apply(q, k, v, sinks, flat, scale, softcap, pick_backend(backend, q, k, v))
     return (out, lse) if return_lse else out
@@ -137,7 +140,7 @@ def sink_start(q: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """d loss / d sinks: a sink is a key whose value is 0, so its score's gradient is p (0 - delta)."""
-    p = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
+    p = (sinks.to(lse.dtype)[None, :, None] - lse).exp().masked_fill(lse == -torch.inf, 0.0)  # no key, and no sink
     return -(p * delta).sum(dim=(0, 2)).to(sinks.dtype)
 
 
@@ -158,8 +161,16 @@ def pick_backend(name: str, q: Tensor, k: Tensor | None = None, v: Tensor | None
     return name
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], sinks: Tensor | None) -> None:
-    """ValueError with the values, where q, k, v, the masks and the sinks do not fit together."""
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Plan],
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float,
+) -> float:
+    """The scale. ValueError with the values, where what attention is given does not fit together or is no number."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape:
         raise ValueError(f"{shapes}: q is (batch, queries, heads, dim), k and v are (batch, keys, kv_heads, dim)")
@@ -167,8 +178,11 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], sinks: 
         raise ValueError(f"{shapes}: batch and dim must agree")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{shapes}: heads={q.shape[2]} must be a multiple of kv_heads={k.shape[2]}")
-    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: they need one floating dtype")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: they need one dtype, bf16, fp16, fp32 or fp64")
+    devices = [x.device for x in (q, k, v, *(one.lo for one in plans), *([] if sinks is None else [sinks]))]
+    if any(device != q.device for device in devices):
+        raise ValueError(f"q, k, v, masks and sinks are on {', '.join(map(str, devices))}: move them to {q.device}")
     for one in plans:
         if one.lo.shape[1] != q.shape[1] or one.query_lo.shape[1] != k.shape[1] or one.lo.shape[0] not in (1, len(q)):
             raise ValueError(
@@ -177,6 +191,20 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], sinks: 
             )
     if sinks is not None and sinks.shape != (q.shape[2],):
         raise ValueError(f"sinks {tuple(sinks.shape)}: one logit a head, ({q.shape[2]},)")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: must be 0, which is none, or more")
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale={scale}: must be 0 or more; negate q instead")
+    return scale
+
+
+def _check_disjoint(masks: Sequence[Spans | Plan]) -> None:
+    """ValueError: a key that two of them show to one query, where that can be seen: it would count twice."""
+    for (i, a), (j, b) in itertools.combinations(enumerate(masks), 2):
+        if is_known(a.lo) and is_known(b.lo) and bool((a.lo.maximum(b.lo) < a.hi.minimum(b.hi)).any()):
+            raise ValueError(f"spans {i} and {j} of the list share keys: make them disjoint, by `padded` or `&`")
 
 
 def refusal(name: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:

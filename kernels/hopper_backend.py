@@ -87,7 +87,7 @@ def forward(
     out_dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``attention_forward``, whose contract this is. ValueError: scale below 0."""
+    """(out, lse) of ``attention_forward``, whose contract this is."""
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     old = None if into is None else into[0]
@@ -146,7 +146,7 @@ def backward(
     fresh: bool = False,
     deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of ``attention_backward``, whose contract this is. ValueError: scale below 0.
+    """(dq, dk, dv) of ``attention_backward``, whose contract this is.
 
     dk and dv are the same bits each time. With ``deterministic`` so is dq, whose sum over tiles of keys then has a
     fixed order, which costs a sixth to a fifth of the speed; else tiles add as they come. By default it is what
@@ -276,7 +276,6 @@ def _check_statistic(x: Tensor) -> None:
 
 def _coefficients(scale: float, softcap: float) -> tuple[float, float]:
     """(score_scale, bend) of the kernels. Above 0, as a masked score of -inf times it must stay -inf."""
-    if scale < 0:
-        raise ValueError(f"scale={scale}: the Hopper kernels need scale >= 0; negate q instead")
+    assert scale >= 0, f"scale={scale}"
     per_score = softcap if softcap else scale
     return max(per_score * log2(e), 1e-30), 2 * scale * log2(e) / softcap if softcap else 0.0

@@ -99,7 +99,7 @@ def forward(
     out_dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``attention_forward``, whose contract this is. ValueError: scale below 0."""
+    """(out, lse) of ``attention_forward``, whose contract this is."""
     q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
     (batch, queries, heads, _), (keys, kv_heads) = q.shape, k.shape[1:3]
     in_place = into is not None and into[0].dtype == out_dtype
@@ -138,7 +138,7 @@ def backward(
     dv: Tensor | None,
     fresh: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of ``attention_backward``, whose contract this is. ValueError: scale below 0."""
+    """(dq, dk, dv) of ``attention_backward``, whose contract this is."""
     dout, q, k, v = (_rows_contiguous(x) for x in (dout.to(q.dtype), q, k, v))
     _check(lse, delta, *(x for x in (dq, dk, dv) if x is not None))
     add_dq, add_dk, add_dv = dq is not None, dk is not None and not fresh, dv is not None and not fresh

@@ -125,10 +125,7 @@ def split_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, lse: Tensor, before: Tensor | None, *,
     scale: float, softcap: float,
 ) -> None:  # fmt: skip
-    """Writes out (B, S, H, D) and lse (B, H, S), merged with ``before`` and lse if it is given.
-
-    ValueError: scale below 0.
-    """
+    """Writes out (B, S, H, D) and lse (B, H, S), merged with ``before`` and lse if it is given."""
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads

@@ -15,9 +15,8 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 def coefficients(scale: float, softcap: float) -> tuple[float, float]:
-    """(inner, outer) of the kernels. ValueError: scale below 0."""
-    if scale < 0:
-        raise ValueError(f"scale={scale}: the Triton kernels need scale >= 0; negate q instead")
+    """(inner, outer) of the kernels, which need a maximum to be one before and after."""
+    assert scale >= 0, f"scale={scale}"
     return (scale / softcap, softcap * log2(e)) if softcap else (1.0, scale * log2(e))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringspan.kernels.attention import check_shapes, pick_backend
+from ringspan.kernels.attention import check_inputs, pick_backend
 from ringspan.kernels.spans import Spans
 from ringspan.parallel import gather, ring
 from ringspan.parallel.autograd import ShardedAttention
@@ -118,10 +118,9 @@ class SequenceAttention:
         ValueError: heads that the ulysses ranks do not divide.
         """
         ranks, group = self.mesh.ulysses, self.mesh.ulysses_group
-        check_shapes(q, k, v, [], sinks)
+        scale = check_inputs(q, k, v, [], sinks, scale, softcap)
         if q.shape[2] % ranks:
             raise ValueError(f"heads={q.shape[2]}: must be a multiple of ulysses={ranks}")
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         backend = pick_backend(self.backend, q, k, v)
         if sinks is not None:
             sinks = sinks.chunk(ranks)[self.mesh.ulysses_rank]

@@ -18,7 +18,7 @@ from ringspan.kernels.attention import (
     attention_backward,
     attention_delta,
     attention_forward,
-    check_shapes,
+    check_inputs,
     pick_backend,
     sink_gradient,
     sink_start,
@@ -28,7 +28,7 @@ from ringspan.kernels.spans import Spans
 from ringspan.parallel.autograd import ShardedAttention, define_sharded
 from ringspan.parallel.layout import Layout
 from ringspan.parallel.parts import part
-from ringspan.parallel.ring_plan import local_bounds, pack_plan, padded, to_device, unpack_plan
+from ringspan.parallel.ring_plan import check_fit, local_bounds, pack_plan, padded, to_device, unpack_plan
 from ringspan.parallel.transport import agree, group_by_name
 from ringspan.parallel.waiting import waiting
 
@@ -81,19 +81,15 @@ def gather_attention(
 
     dK and dV are added in fp32, in the order of the ranks. ValueError: shapes or names that do not fit.
     """
-    check_shapes(q, k, v, [], sinks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_inputs(q, k, v, [], sinks, scale, softcap)
     settings = group.group_name, scale, softcap, pick_backend(backend, q, k, v)
     return ShardedAttention.apply(OPERATOR, None, q, k, v, sinks, *gather_plan, *settings)[0]
 
 
-def _read(table: Tensor, data: Tensor, queries: int, group: dist.ProcessGroup) -> tuple[Tensor, Plan]:
+def _read(table: Tensor, data: Tensor, q: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Plan]:
     ranks, rows, batch_rows, keys = table.tolist()
-    if ranks != group.size():
-        raise ValueError(f"the plan is for {ranks} ranks, the group has {group.size()}")
-    if rows != queries:
-        raise ValueError(f"the plan is for shards of {rows} rows, these have {queries}")
-    where, *tensors = unpack_plan(data, 0, batch_rows, queries, keys, first=keys)
+    check_fit(data, (ranks, batch_rows, rows), q, group.size())
+    where, *tensors = unpack_plan(data, 0, batch_rows, rows, keys, first=keys)
     return where, Plan(*tensors)
 
 
@@ -137,7 +133,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     group = group_by_name(group_name)
-    where, mask = _read(table, data, q.shape[1], group)
+    where, mask = _read(table, data, q, group)
     k_all, v_all = _gathered(k, v, where, group)
     start = None if sinks is None else sink_start(q, sinks)
     return attention_forward(
@@ -163,7 +159,7 @@ def _backward(
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     group = group_by_name(group_name)
-    where, mask = _read(table, data, q.shape[1], group)
+    where, mask = _read(table, data, q, group)
     k_all, v_all = _gathered(k, v, where, group)
     delta = attention_delta(dout, out, dlse)
     dk, dv = (torch.empty(x.shape, dtype=accumulator(x.dtype), device=x.device) for x in (k_all, v_all))

@@ -22,7 +22,7 @@ from ringspan.kernels.attention import (
     attention_backward,
     attention_delta,
     attention_forward,
-    check_shapes,
+    check_inputs,
     pick_backend,
     sink_gradient,
     sink_start,
@@ -71,8 +71,7 @@ def ring_attention(
     ``sinks`` are those of ``attention``. dK and dV come home in fp32 and are added in a fixed order.
     ValueError: shapes or names that do not fit.
     """
-    check_shapes(q, k, v, [], sinks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = check_inputs(q, k, v, [], sinks, scale, softcap)
     settings = group.group_name, check_transport(transport), scale, softcap, pick_backend(backend, q, k, v)
     out, _ = ShardedAttention.apply(OPERATOR, None, q, k, v, sinks, *ring_plan, *settings)
     return out
@@ -81,12 +80,12 @@ def ring_attention(
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _steps(table: Tensor, data: Tensor, queries: int, group: dist.ProcessGroup) -> list[Step]:
+def _steps(table: Tensor, data: Tensor, q: Tensor, group: dist.ProcessGroup) -> list[Step]:
     """The steps of a plan, read once for all layers: to make the views of 2 steps takes the host 0.1 ms."""
-    key = data, queries, group.rank(), group.size()
+    key = data, q.shape[:2], q.device, group.rank(), group.size()
     known, steps = _read.get(table, ((), []))
     if len(known) != len(key) or known[0] is not data or known[1:] != key[1:]:
-        steps = read_steps(table, data, queries, group.rank(), group.size())
+        steps = read_steps(table, data, q, group.rank(), group.size())
         _read[table] = key, steps
     return steps
 
@@ -174,7 +173,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     group = group_by_name(group_name)
-    steps = _steps(table, data, q.shape[1], group)
+    steps = _steps(table, data, q, group)
     if group.size() > 1:
         agree(group, {"q": (*q.shape, q.dtype), "k and v": (*k.shape, k.dtype), "transport": transport})
     lane = _open(transport, group, steps, k.device, _keys_lane(k, group.size()))
@@ -269,7 +268,7 @@ def _backward(
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     group = group_by_name(group_name)
-    steps = _steps(table, data, q.shape[1], group)
+    steps = _steps(table, data, q, group)
     delta = attention_delta(dout, out, dlse)
     run = partial(attention_backward, scale=scale, softcap=softcap, backend=backend)
     out_dtype = accumulator(k.dtype) if wide else k.dtype

@@ -99,16 +99,29 @@ def plan_ring(spans: Spans, layout: Layout, rank: int, *, parts: int = 1) -> Rin
     return RingPlan(torch.tensor(table, dtype=torch.int64), torch.cat(data))
 
 
-def read_steps(table: Tensor, data: Tensor, queries: int, rank: int, ranks: int) -> list[Step]:
-    """The steps of a plan, their plans views of ``data``. ValueError: it was made for another ring or other shards."""
+def check_fit(data: Tensor, planned: tuple[int, int, int], q: Tensor, ranks: int) -> None:
+    """ValueError: the plan is for so many other (ranks, batch rows, rows of a shard), or not where q is."""
+    of_ranks, batch_rows, rows = planned
+    if of_ranks != ranks:
+        raise ValueError(f"the plan is for a ring of {of_ranks} ranks, the group has {ranks}")
+    if rows != q.shape[1]:
+        raise ValueError(f"the plan is for shards of {rows} rows, these have {q.shape[1]}")
+    if batch_rows not in (1, len(q)):
+        raise ValueError(
+            f"the plan is for a batch of {batch_rows}, and this one of {len(q)}: give each its mask, or all one"
+        )
+    if data.device != q.device:
+        raise ValueError(f"the plan is on {data.device} and q on {q.device}: give plan.to(q.device)")
+
+
+def read_steps(table: Tensor, data: Tensor, q: Tensor, rank: int, ranks: int) -> list[Step]:
+    """The steps of a plan for shards like q, their plans views of ``data``. ValueError: as of `check_fit`."""
     planned, batch_rows, n, *rest = table.tolist()
-    if planned != ranks:
-        raise ValueError(f"the plan is for a ring of {planned} ranks, the group has {ranks}")
     width = len(_Row._fields)
     flat = rest[n * width :]
     edges = list(zip(flat[::2], flat[1::2], strict=True))
-    if edges[0][1] != queries:
-        raise ValueError(f"the plan is for shards of {edges[0][1]} rows, these have {queries}")
+    queries = edges[0][1]  # the rank's own keys come first, all of them
+    check_fit(data, (planned, batch_rows, queries), q, ranks)
     steps = []
     for row in (_Row(*rest[i * width : (i + 1) * width]) for i in range(n)):
         keys, edges = Runs(tuple(edges[: row.keys])), edges[row.keys :]
@@ -164,9 +177,10 @@ class _Needs:
 
 
 def local_bounds(spans: Spans, layout: Layout, rank: int) -> tuple[Tensor, Tensor]:
-    """(lo, hi) of the rank's queries, in global positions. ValueError: spans that are not over the layout's."""
+    """(lo, hi) of the rank's queries, in global positions. ValueError: spans that are no mask over the layout's."""
     if spans.queries != layout.length:
         raise ValueError(f"the spans have {spans.queries} queries, the layout {layout.length} positions")
+    spans.check(layout.length)
     lo, hi = (torch.cat([x[:, a:b] for a, b in layout.chunks[rank]], dim=1) for x in (spans.lo, spans.hi))
     return lo, hi
 

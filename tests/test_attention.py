@@ -156,6 +156,15 @@ def test_a_row_without_keys_is_zero_and_nothing_is_nan():
     assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv))
 
 
+def test_a_head_without_a_sink_has_no_gradient_of_one():
+    leaves, _ = inputs((1, 6, 6, 2, 1, 4), torch.float64)
+    sinks = torch.tensor([-torch.inf, 0.5], dtype=torch.float64, requires_grad=True)
+    out = attention(*leaves, Spans.causal(6).padded(2, 6), sinks=sinks)  # the first two queries see nothing
+    (found,) = torch.autograd.grad(out.sum(), sinks)
+    assert found[0] == 0
+    assert found[1].isfinite()
+
+
 def test_compiled_and_selectively_checkpointed():
     torch.library.opcheck(
         torch.ops.ringspan.attention.default,
@@ -189,13 +198,20 @@ def test_compiled_and_selectively_checkpointed():
     [
         ({"k": torch.zeros(1, 4, 3, 8), "v": torch.zeros(1, 4, 3, 8)}, "heads=4 must be a multiple of kv_heads=3"),
         ({"v": torch.zeros(1, 5, 2, 8)}, r"v \(1, 5, 2, 8\)"),
-        ({"q": torch.zeros(1, 4, 4, 8).double()}, "one floating dtype"),
+        ({"q": torch.zeros(1, 4, 4, 8).double()}, "they need one dtype"),
         ({"spans": Spans.causal(3)}, "the mask is for 3 queries"),
         ({"spans": []}, "spans is an empty list"),
         ({"spans": Spans.causal(4, 5)}, "hi reaches from 2 to 5: keys are 0 to 4"),
         ({"spans": [Spans.full(4, 4), Spans.full(4, 5)]}, "keys are 0 to 4"),
         ({"spans": Spans(*torch.tensor([[[-1] * 4], [[4] * 4]], dtype=torch.int32))}, "lo reaches from -1"),
+        ({"spans": Spans(*torch.tensor([[[0] * 4], [[1, 4, 3, 4]]], dtype=torch.int32))}, "hi falls after query 1"),
+        ({"spans": [Spans.full(4, 2), Spans.causal(4), Spans.full(4, 0)]}, "spans 0 and 1 of the list share keys"),
+        ({"v": torch.zeros(1, 4, 2, 8, device="meta")}, "are on cpu, cpu, meta, cpu: move them to cpu"),
+        ({"spans": plan(Spans.causal(4), 4, torch.device("meta"))}, "are on cpu, cpu, cpu, meta"),
         ({"sinks": torch.zeros(2)}, "one logit a head"),
+        ({"scale": -1.0}, "scale=-1.0: must be 0 or more; negate q"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"softcap": -1.0}, "softcap=-1.0: must be 0"),
         ({"backend": "cudnn"}, "must be one of auto, hopper"),
         (
             {

@@ -13,7 +13,7 @@ from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.layout import LAYOUTS, Layout
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.ring import ring_attention
-from ringspan.parallel.ring_plan import plan_ring
+from ringspan.parallel.ring_plan import plan_ring, read_steps
 from ringspan.parallel.transport import TRANSPORTS, PointToPoint
 
 
@@ -171,12 +171,16 @@ def refusals() -> list[str]:
     mesh, said = Mesh.create(1, 2, 1), []
     x = torch.zeros(1, 4, 2, 8)
     plan = plan_ring(Spans.causal(8), Layout.zigzag(8, 2), dist.get_rank())
+    batch = plan_ring(Spans.packed([[8], [4, 4]]), Layout.zigzag(8, 2), dist.get_rank())
     single = plan_ring(Spans.causal(4), Layout.zigzag(4, 1), 0)
     for call in (
         lambda: ring_attention(x, x, x, plan, mesh.ring_group, transport="pigeon"),
         lambda: ring_attention(x, x, x, single, mesh.ring_group),
         lambda: ring_attention(x[:, 1:], x[:, 1:], x[:, 1:], plan, mesh.ring_group),
+        lambda: ring_attention(x, x, x, batch, mesh.ring_group),
+        lambda: read_steps(*plan.to("meta"), x, dist.get_rank(), 2),
         lambda: plan_ring(Spans.causal(9), Layout.zigzag(8, 2), 0),
+        lambda: plan_ring(Spans.causal(8, 9), Layout.zigzag(8, 2), 0),
         lambda: SequenceAttention(mesh, "spiral"),
         lambda: SequenceAttention(Mesh.create(1, 1, 2), "zigzag")(*[torch.zeros(1, 4, 3, 8)] * 3, plan),
     ):
@@ -195,7 +199,10 @@ def test_what_does_not_fit_is_refused(ranks):
                 "'pigeon': must be one of auto, p2p, copy_engine",
                 "ring of 1 ranks",
                 "shards of 4 rows, these have 3",
+                "a batch of 2, and this one of 1",
+                "the plan is on meta and q on cpu",
                 "9 queries",
+                "hi reaches from 2 to 9: keys are 0 to 8",
                 "'spiral'",
                 "heads=3",
             ],

@@ -28,7 +28,8 @@ def seen(spans: Spans) -> torch.Tensor:
 
 
 def steps_of(ring_plan: RingPlan, layout: Layout, rank: int, parts: int = 1) -> list[Step]:
-    return read_steps(ring_plan.table, ring_plan.data, layout.part_rows(parts) * parts, rank, layout.ranks)
+    q = torch.empty(int(ring_plan.table[1]), layout.part_rows(parts) * parts)
+    return read_steps(ring_plan.table, ring_plan.data, q, rank, layout.ranks)
 
 
 def rows_of(runs: Runs) -> torch.Tensor:

@@ -306,12 +306,14 @@ def refusals() -> list[str]:
     mesh = Mesh.create(1, 2, 1)
     x, plan = torch.zeros(1, 4, 2, 8), plan_gather(Spans.causal(8), Layout.zigzag(8, 2), dist.get_rank())
     single = plan_gather(Spans.causal(4), Layout.zigzag(4, 1), 0)
+    batch = plan_gather(Spans.packed([[8], [4, 4]]), Layout.zigzag(8, 2), dist.get_rank())
     return [
         told(lambda: SequenceAttention(mesh, "spiral")),
         told(lambda: SequenceAttention(mesh, "zigzag", strategy="broadcast")),
         told(lambda: plan_gather(Spans.causal(9), Layout.zigzag(8, 2), 0)),
         told(lambda: gather_attention(x, x, x, single, mesh.ring_group)),
         told(lambda: gather_attention(x[:, 1:], x[:, 1:], x[:, 1:], plan, mesh.ring_group)),
+        told(lambda: gather_attention(x, x, x, batch, mesh.ring_group)),
     ]
 
 
@@ -320,8 +322,9 @@ def test_what_does_not_fit_is_refused(ranks):
         "'spiral': must be one of",
         "'broadcast': must be one of auto, ring",
         "9 queries",
-        "for 1 ranks",
+        "of 1 ranks",
         "of 4 rows",
+        "a batch of 2",
     ]
     for said in ranks(2)(refusals):
         assert all(part in line for part, line in zip(parts, said, strict=True)), said

@@ -17,10 +17,6 @@ import triton
 import triton_cases
 from triton_cases import Case
 
-from ringspan.kernels import triton_backend
-from ringspan.kernels.plan import plan
-from ringspan.kernels.spans import Spans
-
 HALF = torch.float16
 CASES = {
     "random": Case(queries=131, keys=97),
@@ -84,11 +80,3 @@ def test_tiles_smaller_than_the_plans(interpreted):  # type: ignore[no-untyped-d
 
 def test_delta(interpreted):  # type: ignore[no-untyped-def]
     interpreted(triton_cases.check_delta, "cpu")
-
-
-def test_negative_scale_is_refused():  # type: ignore[no-untyped-def]
-    q = torch.zeros(1, 4, 1, 32)
-    with pytest.raises(ValueError, match=r"scale=-1.0.*negate q"):
-        triton_backend.forward(
-            q, q, q, plan(Spans.causal(4), 4), scale=-1.0, softcap=0.0, into=None, out_dtype=torch.float32
-        )
