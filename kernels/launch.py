@@ -25,6 +25,7 @@ def launch(
     Triton binds, specializes and hashes all arguments anew each time: 150 us with five descriptors. Here that is done
     when a variant is first met, and the compiled kernel that came of it is launched from then on.
     """
+    assert max(grid[1:], default=0) < 2**16, f"grid {grid}: CUDA takes more in the first dimension alone"
     with torch.cuda.device(device):
         key = (kernel.fn, device, *options.values(), *constants.values(), *map(_variant, arguments))  # type: ignore[attr-defined]
         compiled = _compiled.get(key)

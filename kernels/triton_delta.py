@@ -16,8 +16,10 @@ def delta_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """delta and dlse (B, H, S) fp32; out (B, S, H, D) contiguous, dout with its strides in elements."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tiles = tl.cdiv(queries, ROWS)
+    pair = tl.program_id(0) // tiles
+    batch, head = pair // heads, pair % heads
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     inside = (row < queries)[:, None] & (column < HEAD_DIM)[None, :]
     wide = row.to(tl.int64)[:, None]
@@ -46,5 +48,5 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
     arguments = (
         dout, out.contiguous(), result if dlse is None else dlse, result, *dout.stride()[:3], queries, heads,
     )  # fmt: skip
-    launch(delta_kernel, (triton.cdiv(queries, ROWS), batch * heads), arguments, constants, out.get_device())
+    launch(delta_kernel, (triton.cdiv(queries, ROWS) * batch * heads,), arguments, constants, out.get_device())
     return result

@@ -36,7 +36,7 @@ def split_kernel(
 
     Row r of BLOCK_M is query r // group under query head r % group of the kv head. Strides are in elements.
     """
-    split, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     lo += batch * stride_span
     hi += batch * stride_span
@@ -90,7 +90,7 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """One row of out (B, S, H, D) and of lse (B, H, S) from its parts; MERGE: with `before` and lse."""
-    query, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair, query = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     part = tl.arange(0, SPLITS)
     there = part < splits
@@ -140,7 +140,7 @@ def split_forward(
     sizes = {"HEAD_DIM": dim, "BLOCK_D": block_d, "BLOCK_M": block_m}
     launch(
         split_kernel,
-        (splits, batch * kv_heads),
+        (batch * kv_heads, splits),
         (
             q, k, v, part_out, part_lse, plan.lo, plan.hi, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             row_stride(plan.lo), queries, keys, kv_heads, group, splits, *coefficients(scale, softcap),
@@ -152,7 +152,7 @@ def split_forward(
     )  # fmt: skip
     launch(
         merge_kernel,
-        (queries, batch * heads),
+        (batch * heads, queries),
         (part_out, part_lse, out, lse, out if before is None else before, queries, heads, group, splits),
         {**sizes, "SPLITS": triton.next_power_of_2(splits), "MERGE": before is not None},
         q.get_device(),

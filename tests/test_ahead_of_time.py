@@ -36,7 +36,6 @@ SPILLS = {
         (90, 128, BF16, 0.0, "dkdv_kernel"): 8,
         (90, 256, BF16, 0.0, "dkdv_kernel"): 32,
         (100, 128, BF16, 0.0, "dkdv_kernel"): 8,
-        (100, 128, BF16, 0.0, "delta_kernel"): 24,
     },
     "3.7": {
         (80, 192, BF16, 0.0, "forward_kernel"): 32,
@@ -105,8 +104,7 @@ def test_delta_fits(capability):  # type: ignore[no-untyped-def]
     arguments = (x, x, rows, rows, *x.stride()[:3], 64, 2)
     constants = {"HEAD_DIM": 128, "BLOCK_D": 128, "ROWS": ROWS, "HAS_DLSE": True}
     launch = ahead_of_time.Launch(delta_kernel, Config(0, 0, warps=4, stages=3), 2, arguments, constants)
-    spills = SPILLS.get((capability, 128, BF16, 0.0, "delta_kernel"), 0)
-    assert ahead_of_time.build(launch, capability).stack == spills
+    assert ahead_of_time.build(launch, capability).stack == 0
 
 
 @pytest.mark.parametrize("capability", SHARED)

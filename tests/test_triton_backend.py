@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -16,6 +17,10 @@ import torch
 import triton
 import triton_cases
 from triton_cases import Case
+
+from ringspan.kernels import triton_delta, triton_split
+from ringspan.kernels.plan import plan
+from ringspan.kernels.spans import Spans
 
 HALF = torch.float16
 CASES = {
@@ -80,3 +85,18 @@ def test_tiles_smaller_than_the_plans(interpreted):  # type: ignore[no-untyped-d
 
 def test_delta(interpreted):  # type: ignore[no-untyped-def]
     interpreted(triton_cases.check_delta, "cpu")
+
+
+def test_many_short_rows_fit_a_grid():
+    """2^16 heads in all: CUDA takes no more than 65,535 programs in a grid's second dimension."""
+    grids = []
+    q, k = (torch.empty(1, n, 1, 16).expand(2**16, -1, -1, -1) for n in (1, 1024))
+    mask, statistic = plan(Spans.causal(1, 1024), 1024), torch.empty(2**16, 1, 1)
+    with (
+        mock.patch.object(triton_delta, "launch", lambda kernel, grid, *others: grids.append(grid)),
+        mock.patch.object(triton_split, "launch", lambda kernel, grid, *others, **options: grids.append(grid)),
+    ):
+        triton_delta.delta(q, q, None)
+        triton_split.split_forward(q, k, k, mask, q, statistic, None, scale=1.0, softcap=0.0)
+    assert len(grids) == 3
+    assert all(max(grid[1:], default=0) < 2**16 for grid in grids), grids
