@@ -160,11 +160,14 @@ def test_a_run_with_phases_is_measured_and_resumes_anywhere(folder, tmp_path, ra
     for step in (2, 3):  # at the border of two phases, and inside one
         resumed = replace(long_job(tmp_path, f"from-{step}", folder))
         resumed.resume = str(Path(whole.run_dir, "checkpoints", f"step-{step:08d}"))
+        resumed.train.log_every = 5 if step == 3 else 1
         ranks(2)(run, resumed, timeout=200)
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             kept = ("step", "tokens", "train/loss", "eval/loss", "loss_by_position")
             told = [[{k: line[k] for k in kept if k in line} for line in lines(c, name)] for c in (whole, resumed)]
             assert told[1] == told[0][-len(told[1]) :]
+    (line,) = lines(resumed, "metrics.jsonl")[-1:]  # of steps 4 and 5
+    assert line["perf/tokens_per_second_per_gpu"] * line["perf/step_seconds"] == pytest.approx(8 * (96 + 128) / 2 / 2)
 
 
 def test_phases_go_up():

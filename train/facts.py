@@ -40,7 +40,7 @@ def facts(run: Trainer) -> dict[str, Any]:
             "optimizer": c.optim.name.value,
         },
         "layers": {name: str(getattr(x, "value", x)) for name, x in vars(c.train.policy(run.device.type)).items()},
-        "step": {"rows": run.batches.rows_of_a_step, "tokens": run.batches.rows_of_a_step * run.phase.seq_len},
+        "step": {"rows": run.batches.rows_of_a_step, "tokens": run.tokens_of_a_step},
         "first_micro_batch": run.batches.facts(run.done.rows_seen),
         "memory": budget.in_words(run.job, run.machine),
         "resumed": str(run.resumed) if run.resumed else "no",

@@ -63,7 +63,6 @@ class StepResult(NamedTuple):
     loss_sum: Tensor  # of this rank's tokens, on the device
     tokens: Tensor  # label tokens of all ranks, on the device
     grad_norm: float  # of the whole gradient, before clipping
-    attended: float  # pairs in the rows of this data group
     imbalance: float  # of the ring, mean of this data group's micro-batches
 
 
@@ -192,9 +191,10 @@ class Trainer:
         loss_sum = self.accumulate(micro_batches, tokens)
         grad_norm = self.update()
         self.count_skipped(grad_norm, micro_batches, tokens)
+        self.meter.count(self.tokens_of_a_step, sum(mb.attended for mb in micro_batches))
         self.advance()
         imbalance = sum(mb.imbalance for mb in micro_batches) / len(micro_batches)
-        return StepResult(loss_sum, tokens, grad_norm, sum(mb.attended for mb in micro_batches), imbalance)
+        return StepResult(loss_sum, tokens, grad_norm, imbalance)
 
     def next_micro_batches(self) -> list[MicroBatch]:
         self.watch.at(f"step {self.done.step + 1}: data")
@@ -255,20 +255,25 @@ class Trainer:
             f"lower optim.lr (now {self.config.optim.lr}) or raise optim.warmup_steps"
         )
 
+    @property
+    def tokens_of_a_step(self) -> int:
+        return self.batches.rows_of_a_step * self.phase.seq_len
+
     def advance(self) -> None:
         self.done.step += 1
         self.done.rows_seen += self.batches.rows_of_a_step
-        self.done.tokens += self.batches.rows_of_a_step * self.phase.seq_len
+        self.done.tokens += self.tokens_of_a_step
 
     def log_step(self, result: StepResult) -> None:
-        loss, attended, imbalance, exposed = self.totals(result)
+        tokens, pairs = self.meter.work()
+        loss, attended, imbalance, exposed = self.totals(result, pairs)
         self.done.loss = loss if math.isfinite(loss) else self.done.loss
         if spike := self.spikes.see(loss):
             self.log.say(f"step {self.done.step}: {spike}")
-        c, rows, sizes = self.config, self.batches.rows_of_a_step, self.config.model.sizes
+        c, sizes = self.config, self.config.model.sizes
         flops = flops_per_step(
             c.model.matmul_parameters(self.vocab_size),
-            rows * self.phase.seq_len,
+            tokens,
             n_layers=sizes.n_layers,
             n_heads=sizes.n_heads,
             head_dim=sizes.head_dim,
@@ -282,7 +287,7 @@ class Trainer:
                 loss=loss,
                 grad_norm=result.grad_norm,
                 lr=learning_rate(c.optim, self.done.step, c.steps),
-                step_tokens=rows * self.phase.seq_len,
+                step_tokens=tokens,
                 step_flops=flops,
                 exposed_comm_seconds=exposed,
                 ring_imbalance=imbalance,
@@ -301,10 +306,10 @@ class Trainer:
         )
         self.log.evaluation(self.done.step, self.done.tokens, measured)
 
-    def totals(self, result: StepResult) -> tuple[float, float, float, float]:
+    def totals(self, result: StepResult, pairs: float) -> tuple[float, float, float, float]:
         """(loss a label token, attended pairs, mean imbalance, a rank's seconds of exposed communication) of the step,
-        over all ranks. Waits for the device."""
-        here = [0.0, result.attended, result.imbalance, self.meter.exposed_seconds()]
+        over all ranks, of which this one's data group has so many ``pairs``. Waits for the device."""
+        here = [0.0, pairs, result.imbalance, self.meter.exposed_seconds()]
         sums = torch.tensor(here, dtype=torch.float64, device=self.device)
         sums[0] = result.loss_sum / result.tokens
         dist.all_reduce(sums)

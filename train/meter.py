@@ -24,6 +24,7 @@ class Meter:
 
     def _clear(self) -> None:
         self.steps, self.seconds = 0, {"step": 0.0, "data": 0.0, "save": 0.0}
+        self.tokens, self.attended = 0, 0.0
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -44,6 +45,15 @@ class Meter:
         """How much of a GPU's memory is taken. Costs 30 us, which is why other steps do without."""
         if self.recording is not None and self.device.type == "cuda":
             self.allocated[moment] = torch.cuda.memory_allocated(self.device)
+
+    def count(self, tokens: int, attended: float) -> None:
+        """The work of a step: positions of all ranks, and pairs of (query, key) of this data group."""
+        self.tokens += tokens
+        self.attended += attended
+
+    def work(self) -> tuple[float, float]:
+        """(tokens, pairs) of a step, the mean since `take` was called."""
+        return self.tokens / self.steps, self.attended / self.steps
 
     def take(self) -> dict[str, float]:
         """Seconds of a step by part, the mean since the last call."""

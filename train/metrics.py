@@ -82,7 +82,14 @@ class LoggerConfig:
 
 
 def flops_per_step(
-    matrix_parameters: int, tokens: int, *, n_layers: int, n_heads: int, head_dim: int, attended: float, frozen: int = 0
+    matrix_parameters: int,
+    tokens: float,
+    *,
+    n_layers: int,
+    n_heads: int,
+    head_dim: int,
+    attended: float,
+    frozen: int = 0,
 ) -> float:
     """Forward and backward FLOPs that a step needs; recomputation is not counted.
 
@@ -119,7 +126,7 @@ def record(
     loss: float,
     grad_norm: float,
     lr: float,
-    step_tokens: int,
+    step_tokens: float,
     step_flops: float,
     step_seconds: float,
     data_seconds: float,
@@ -131,7 +138,7 @@ def record(
     world: int,
     device: torch.device,
 ) -> Record:
-    """One object of metrics.jsonl. ``step_tokens`` and ``step_flops`` are of one step over all ``world`` ranks,
+    """One object of metrics.jsonl. ``step_tokens`` and ``step_flops`` are of a step over all ``world`` ranks,
     ``memory`` is GiB by part."""
     peak = peak_flops(device)
     allocated, reserved = peak_memory_gib(device)
