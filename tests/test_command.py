@@ -44,6 +44,14 @@ def test_who_stops_a_command_sees_a_line(script, raised, code, name, monkeypatch
 
 
 @pytest.mark.parametrize("script", ["budget.py", "evaluate.py", "generate.py", "prepare.py"])
+def test_a_key_that_is_added_is_refused(script, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(script, "+tokns=3") == 1
+    assert capfd.readouterr().err.startswith(f"{script}: tokns: there is no such key; ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["budget.py", "evaluate.py", "generate.py", "prepare.py"])
 def test_help_begins_with_how_it_is_used_and_names_the_fields(script, capfd):
     assert exit_code(script, "--help") == 0
     out, err = capfd.readouterr()

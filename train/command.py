@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -61,7 +62,13 @@ def help_of(script: str, usage: str) -> str:
 
 
 def values(cfg: DictConfig, schema: type[Config]) -> Config:
-    """The configuration as dataclasses. ValueError: it breaks their rules, or has a number that is not finite."""
+    """The configuration as dataclasses. ValueError: it breaks their rules, has a key that they have not, or a number
+    that is not finite."""
+    for key, part in _keys(cfg):
+        if key.rpartition(".")[2] not in {one.name for one in fields(part)}:  # OmegaConf takes +key=value
+            from ringspan.train.config import unknown_key  # noqa: PLC0415 - as below
+
+            raise ValueError(unknown_key(key, part))
     try:
         config = cast(Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:  # a value that is missing, or made of others that are
@@ -72,6 +79,15 @@ def values(cfg: DictConfig, schema: type[Config]) -> Config:
         if not math.isfinite(number):  # NaN passes every "must be above" and "must be below"
             raise ValueError(f"{key}={number}: must be a finite number")
     return config
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """All that stand there, and the class of each one's parent."""
+    for name in map(str, cfg):
+        yield prefix + name, cast(type, OmegaConf.get_type(cfg))
+        part = cfg._get_node(name)  # the node: values may not be there yet, or not resolve
+        if OmegaConf.is_dict(part) and is_dataclass(OmegaConf.get_type(part)):  # a mapping's names are the user's
+            yield from _keys(cast(DictConfig, part), f"{prefix}{name}.")
 
 
 def _floats(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
@@ -122,10 +122,7 @@ def nearest_divisor(n: int, wanted: int) -> int:
 
 
 def typed(cfg: DictConfig) -> TrainConfig:
-    """The configuration as dataclasses. Raises ValueError where a part's rules are broken, or a key was added to it."""
-    for key, part in _keys(cfg):
-        if key.rpartition(".")[2] not in {one.name for one in fields(part)}:  # OmegaConf takes +key=value
-            raise ValueError(_unknown_key(key, part))
+    """The configuration as dataclasses. ValueError: as of `values`."""
     return values(cfg, TrainConfig)
 
 
@@ -136,15 +133,6 @@ def field_names(part: type = TrainConfig, prefix: str = "") -> Iterator[str]:
         for kind in MODELS.values() if one.type is AnyModel else [one.type]:
             if isinstance(kind, type) and is_dataclass(kind):
                 yield from field_names(kind, f"{prefix}{one.name}.")
-
-
-def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """All that stand there, and the class of each one's parent."""
-    for name in map(str, cfg):
-        yield prefix + name, cast(type, OmegaConf.get_type(cfg))
-        part = cfg._get_node(name)  # the node: values may not be there yet, or not resolve
-        if OmegaConf.is_dict(part) and is_dataclass(OmegaConf.get_type(part)):  # a mapping's names are the user's
-            yield from _keys(cast(DictConfig, part), f"{prefix}{name}.")
 
 
 def explain(error: Exception, schema: type = TrainConfig) -> str:
@@ -161,7 +149,7 @@ def explain(error: Exception, schema: type = TrainConfig) -> str:
     if key and part is Phase and "." not in key:  # of a list's part OmegaConf says no more than its own field
         key = f"phases.{key}"
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
-        return _unknown_key(key, part)
+        return unknown_key(key, part)
     told = " ".join(str(inner if key else error).split("full_key:")[0].split())
     if "is not a ListConfig, list or tuple" in told:
         return f"{key}: must be a list; write '{key}=[...]'"
@@ -179,7 +167,7 @@ def _plain_number(said: str) -> str:
     return f"; give a plain number, {number * 1024**power} or {number * 1000**power}"
 
 
-def _unknown_key(key: str, part: Any) -> str:
+def unknown_key(key: str, part: Any) -> str:
     """``part``: the class that it would be a field of."""
     parent, dot, name = key.rpartition(".")
     return f"{key}: there is no such key; {_nearest(name, [one.name for one in fields(part)], parent + dot)}"
