@@ -79,7 +79,7 @@ def statistics(x: Tensor) -> dict[str, float]:
 def report(path: Path, facts: dict[str, Any], ranks: list[list[dict[str, Any]]]) -> str:
     """Write what every rank's micro-batches did; where the first number that is not finite came from, and the file.
 
-    Each micro-batch is {"rows": ..., "loss": ..., "layers": what `watched` gave}.
+    Each micro-batch is {"rows": ..., "loss_sum": ..., "layers": what `watched` gave}.
     """
     first = first_not_finite(ranks) or "in no layer when computed again"
     told = [{"rank": rank, "micro_batches": seen} for rank, seen in enumerate(ranks)]
