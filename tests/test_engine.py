@@ -1,5 +1,6 @@
 import functools
 import math
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -151,25 +152,26 @@ def test_bf16_follows_fp32_at_every_stage(ranks):
         assert got == [pytest.approx(step, rel=16 * torch.finfo(torch.bfloat16).eps) for step in curve]
 
 
-SUMMED = OptimConfig(lr=1e-2, eps=1e-2, beta1=0.5)
-
-
-def gradient(zero, micro_batches):
-    """What the optimizer is given for these, by (parameter, first element): its first moment is half of it."""
+def gradients(zero, steps):
+    """What the optimizer is given for the micro-batches of each step, by (parameter, first element): the first moment
+    is half of it, and half of the one before. A rate of 0 leaves the weights as they are."""
     g, rank = torch.Generator().manual_seed(5), dist.get_rank()
     tokens, labels = torch.randint(VOCABULARY, (2, 16, TOKENS), generator=g)
     config = EngineConfig(zero=zero, dtype=Dtype.bf16, clip=0.0)
-    engine = Engine(build, config, SUMMED, 8, torch.device("cpu"))  # fp32 sums, also of one
-    for number in micro_batches:
-        loss = engine.loss_sum(*inputs(*(x[2 * number + rank, None] for x in (tokens, labels))))
-        engine.backward(loss, torch.tensor(labels.numel()), last=number == micro_batches[-1])
-    engine.step(1e-2)
-    moments = {(name, at): x for kind, name, at, x in engine.state.to_save() if kind == "exp_avg"}
-    return {key: moment.double() / 0.5 for key, moment in moments.items()}
+    engine = Engine(build, config, OptimConfig(beta1=0.5), 8, torch.device("cpu"))  # fp32 sums, also of one
+    before = defaultdict(float)
+    for micro_batches in steps:
+        for number in micro_batches:
+            loss = engine.loss_sum(*inputs(*(x[2 * number + rank, None] for x in (tokens, labels))))
+            engine.backward(loss, torch.tensor(labels.numel()), last=number == micro_batches[-1])
+        engine.step(0.0)
+        now = {(name, at): x.double() for kind, name, at, x in engine.state.to_save() if kind == "exp_avg"}
+        yield {key: 2 * moment - before[key] for key, moment in now.items()}
+        before = now
 
 
 def error_of_the_sum(zero):
-    whole, alone = gradient(zero, range(8)), [gradient(zero, [number]) for number in range(8)]
+    whole, *alone = gradients(zero, [range(8), *([number] for number in range(8))])
     exact = {key: sum(part[key] for part in alone) for key in whole}
     wrong = sum((whole[key] - exact[key]).square().sum() for key in whole)
     return (wrong / sum(x.square().sum() for x in exact.values())).sqrt().item()
