@@ -122,7 +122,9 @@ class Spans:
         return Spans(*torch.broadcast_tensors(self.lo.maximum(first), self.hi.minimum(last)))
 
     def __and__(self, other: Spans) -> Spans:
-        """Keys that both see: a span again."""
+        """Keys that both see: a span again. ValueError: they are of unlike numbers of queries."""
+        if self.queries != other.queries:
+            raise ValueError(f"spans of {self.queries} and {other.queries} queries: only those of one length intersect")
         return Spans(self.lo.maximum(other.lo), self.hi.minimum(other.hi))
 
     def shard(self, query_positions: Tensor, key_positions: Tensor) -> Spans:

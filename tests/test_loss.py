@@ -11,8 +11,9 @@ import triton
 
 from ringspan.kernels.triton_backend import Config
 from ringspan.train import triton_loss
-from ringspan.train.loss import BYTES_OF_A_CHUNK, IGNORE, cross_entropy_sum, rows_of_chunk
+from ringspan.train.loss import BYTES_OF_A_CHUNK, cross_entropy_sum, rows_of_chunk
 from ringspan.train.model import GPT, ModelConfig
+from ringspan.train.packing import IGNORE
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -76,9 +77,10 @@ def test_shape_of_a_batch_and_default_chunk():
     torch.testing.assert_close(batched, reference(hidden, weight, labels))
 
 
-def test_no_labels_is_zero_with_zero_gradients():
+@pytest.mark.parametrize("none", [IGNORE, -1])
+def test_no_labels_is_zero_with_zero_gradients(none):
     hidden, weight, labels = make(9, 5)
-    loss, dhidden, dweight = gradients(cross_entropy_sum, hidden, weight, labels.fill_(IGNORE))
+    loss, dhidden, dweight = gradients(cross_entropy_sum, hidden, weight, labels.fill_(none))
     assert loss == 0
     assert not dhidden.any()
     assert not dweight.any()

@@ -134,6 +134,7 @@ def check_order(order: Tensor, lo: Tensor, hi: Tensor, document: Tensor) -> None
         (lambda: Spans.causal(9).with_blocks([(0, 4), (3, 5)]), r"\(3, 5\) overlaps"),
         (lambda: Spans.causal(9).with_blocks([(5, 10)]), "leaves the sequence of 9"),
         (lambda: Spans(torch.zeros(3), torch.zeros(3)), r"int32 \(rows, queries\)"),
+        (lambda: Spans.causal(9) & Spans.full(1, 9), "spans of 9 and 1 queries"),
         (lambda: Spans.full(2, 9).check(8), "keys are 0 to 8"),
         (lambda: plan(Spans.full(2, 9), 8), "keys are 0 to 8"),
         (lambda: Spans(*torch.tensor([[[1, 0]], [[2, 2]]], dtype=torch.int32)).check(2), "lo falls after query 0"),

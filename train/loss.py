@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringspan.parallel.parts import within
-from ringspan.train.packing import IGNORE
 
 BYTES_OF_A_CHUNK = 2**30
 ROWS_OF_A_CHUNK = 8192  # beyond this a matrix product gains nothing, whatever the vocabulary
@@ -23,7 +22,7 @@ ROWS_OF_A_CHUNK = 8192  # beyond this a matrix product gains nothing, whatever t
 def cross_entropy_sum(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None, z_loss: float = 0.0
 ) -> Tensor:
-    """Sum of -log softmax(logits)[label] + z_loss logsumexp(logits)^2 over the tokens whose label is not IGNORE.
+    """Sum of -log softmax(logits)[label] + z_loss logsumexp(logits)^2 over the tokens whose label is 0 or more.
 
     The logits are hidden weight^T: hidden (..., dim), weight (vocabulary, dim), labels (...) int64; ``chunk`` is the
     tokens projected at once. The second term keeps logits from drifting (PaLM, Chowdhery and others, arXiv 2204.02311).
@@ -108,7 +107,7 @@ def _cross_entropy_(logits: Tensor, labels: Tensor, z_loss: float, gradient: boo
     if logits.device.type == "cuda" and logits.dtype != torch.float64:
         kernel = importlib.import_module("ringspan.train.triton_loss")
         return kernel.cross_entropy_(logits, labels, z_loss, gradient), logits
-    wide, unlabelled, picked = logits.to(_wide(logits.dtype)), labels == IGNORE, labels.clamp_min(0)[:, None]
+    wide, unlabelled, picked = logits.to(_wide(logits.dtype)), labels < 0, labels.clamp_min(0)[:, None]
     lse = wide.logsumexp(dim=-1, keepdim=True)
     losses = lse - wide.gather(-1, picked) + z_loss * lse * lse
     if gradient:
