@@ -91,12 +91,13 @@ class _Works:
 @contextmanager
 def settled(*lanes: Transport) -> Iterator[None]:
     """Inside is a pass. Before an error leaves it, what is on its way arrives: it would else be taken for the next
-    pass's, which waits for ever. All ranks that have come as far have started it, and where one is lost none waits."""
+    pass's, which waits for ever. All ranks that have come as far have started it. Where one is lost nobody waits, nor
+    where this one is told to leave."""
     try:
         yield
     except TransportError:
         raise
-    except BaseException:
+    except Exception:
         with suppress(RuntimeError):  # a rank is lost, too: what was raised first is told
             for exchange in [one for lane in lanes for one in lane.open]:
                 exchange.wait()
