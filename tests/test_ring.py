@@ -94,13 +94,13 @@ def compare(answers: list[list[list[Tensor]]], cases: list[Case], layouts: list[
             number += 1
 
 
-@pytest.mark.parametrize("ring", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("ring", [3, 8])  # test_sharded.py has smaller meshes, of all strategies
 def test_every_layout_and_mask_equals_one_process(ranks, ring):
     cases, layouts = list(CASES.values()), list(LAYOUTS)
     compare(ranks(ring)(on_every_rank, cases, layouts, ring, 1), cases, layouts, ring, 1e-10)
 
 
-@pytest.mark.parametrize("ring, ulysses", [(1, 2), (2, 2), (1, 4), (2, 4), (4, 2)])
+@pytest.mark.parametrize("ring, ulysses", [(2, 4), (4, 2)])
 def test_ulysses_and_ring_together(ranks, ring, ulysses):
     cases = [case for case in CASES.values() if case.heads % ulysses == 0]
     cases.append(Case(Spans.causal(67), heads=12, kv_heads=3, sinks=True))  # kv_heads that ulysses does not divide
