@@ -106,6 +106,7 @@ MISTAKES = {  # besides those that docs/troubleshooting.md shows, which test_tro
     "steps=2M": "could not be converted to Integer; give a plain number, 2097152 or 2000000",
     "parallel.ulysses=null": "parallel.ulysses=null: it must have a value",
     "model=null": "model=null: must be one of 1b, hf, llama8b, small, tiny",
+    "model=[1]": "model=[1]: must be one of 1b, hf, llama8b, small, tiny",
     "phases=[{stp:3}]": "phases.stp: there is no such key; did you mean phases.step?",
     "phases=[{step:soon}]": "phases.step: Value 'soon' of type 'str' could not be converted to Integer",
     "seq_len=-1": "seq_len=-1: must be 1 or more",

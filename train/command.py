@@ -29,8 +29,9 @@ def run_hydra(on_job: Callable[[], object], script: str, schema: type, usage: st
         print(help_of(script, usage))
         return 0
     for argument in sys.argv[1:]:
-        null = re.fullmatch(r"(\w+)=null", argument)  # of a group: Hydra has a traceback for it
-        if null and (options := sorted(Path(CONF, null[1]).glob("*.yaml"))):
+        # Of a group, what cannot be an option's name: Hydra has a traceback for it
+        no_name = re.fullmatch(r"(\w+)=(null|true|false|[][0-9.,+-]+)", argument)
+        if no_name and (options := sorted(Path(CONF, no_name[1]).glob("*.yaml"))):
             names = ", ".join(option.stem for option in options)
             print(f"{script}: {argument}: must be one of {names}", file=sys.stderr, flush=True)
             return 1

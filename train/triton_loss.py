@@ -35,7 +35,8 @@ def cross_entropy_kernel(
             for start in range(0, vocabulary, BLOCK):
                 tl.store(logits + start + columns, 0.0, mask=start + columns < vocabulary)
     else:
-        picked = tl.load(logits + label).to(tl.float32)  # before any store: the reductions below are a barrier between
+        # Before any store: the reductions below are a barrier between. A label that is no token has a loss of NaN.
+        picked = tl.load(logits + label, mask=label < vocabulary, other=float("nan")).to(tl.float32)
         # Each thread has a maximum and a sum of its own, so that no block of the row waits for a reduction. The first
         # maximum is finite: of a row's end and of logits of -inf there would else be inf - inf.
         largest = tl.full([BLOCK], -3.0e38, tl.float32)
