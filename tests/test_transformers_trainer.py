@@ -1,5 +1,6 @@
 """Hugging Face's Trainer on rows that ranks share, against itself on one process with eager attention."""
 
+import os
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
+from ringspan.train.engine import import_deepspeed
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="peft is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 data_loader = pytest.importorskip("accelerate.data_loader", reason="accelerate is not installed")
 
 from ringspan.train.transformers_trainer import RingTrainer, SharedRows, documents  # noqa: E402
@@ -57,11 +60,22 @@ def padded(features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": whole("labels", -100), "attention_mask": (ids != 0).long()}
 
 
-def trainer_of(kind: str, folder: str, mesh: Mesh | None, **given: Any) -> tuple[transformers.Trainer, Gradients]:
+def model_for(kind: str, path: str | None = None) -> torch.nn.Module:
+    """With a path it is read, and is made in shards where ZeRO-3 is on."""
+    if path is None:
+        model = model_of("mistral" if kind == "whole" else "llama")
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if kind == "whole":
+        return model
+    adapters = {"init_lora_weights": False} if kind == "lora" else {"modules_to_save": ["lm_head"]}
+    return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear", **adapters))
+
+
+def trainer_of(
+    kind: str, folder: str, mesh: Mesh | None, path: str | None = None, **given: Any
+) -> tuple[transformers.Trainer, Gradients]:
     """``mesh`` None: Transformers' own, with eager attention."""
-    model = model_of("mistral" if kind == "whole" else "llama")
-    if kind == "lora":
-        model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
     arguments = {
         "use_cpu": True,
         "max_steps": 2,
@@ -87,6 +101,8 @@ def trainer_of(kind: str, folder: str, mesh: Mesh | None, **given: Any) -> tuple
         **given,
     }
     made = transformers.TrainingArguments(folder, **arguments)
+    pretend(made)
+    model = model_for(kind, path)
     if mesh is None:
         return transformers.Trainer(model, made, **kwargs), seen
     return RingTrainer(model, made, attend=SequenceAttention(mesh, "zigzag"), **kwargs), seen
@@ -117,8 +133,71 @@ def test_losses_and_gradients_are_those_of_one_process(kind, meshes, ranks, tmp_
                 assert farthest <= 64 * torch.finfo(torch.float32).eps * grad.abs().max(), name
 
 
+def zero(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},  # else all stays
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+SHARDED = {
+    "ZeRO-2": ("lora", {"deepspeed": zero(2)}),
+    "ZeRO-3": ("whole", {"deepspeed": zero(3)}),
+    "FSDP": ("lora and head", {"fsdp": True, "fsdp_config": {"version": 2}}),
+}
+
+
+def pretend(arguments: transformers.TrainingArguments) -> None:
+    """Accelerate knows no FSDP on CPUs, and does without, unless it takes them for GPUs."""
+    if arguments.fsdp:
+        assert arguments.device.type == "cpu"
+        accelerate.PartialState._shared_state["distributed_type"] = accelerate.DistributedType.MULTI_GPU
+
+
+def share(p: Tensor) -> int:
+    """Elements of it that this rank has."""
+    return (p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p)).numel()
+
+
+def stepped(kind: str, folder: str, sharing: dict[str, Any], ranks: int) -> tuple[list[float], float]:
+    """Losses and norms of clipped gradients of two steps, and an evaluation's loss; this rank's share of the model."""
+    environment = dict(os.environ)
+    import_deepspeed(torch.device("cpu"))
+    given = {"max_grad_norm": 0.5, "learning_rate": 0.5, **sharing}
+    try:
+        mesh = Mesh.create(1, 2, 1) if ranks else None
+        torch.manual_seed(0)
+        trainer, _ = trainer_of(kind, folder, mesh, path=f"{folder}/model", arguments=given)
+        whole = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+        trainer.train()
+        mine = sum(share(p) for p in trainer.model.parameters())
+        told = [line[name] for name in ("loss", "grad_norm") for line in trainer.state.log_history if name in line]
+        return [*told, trainer.evaluate()["eval_loss"]], mine / whole
+    finally:  # Accelerate's and Transformers' settings are those of the process
+        transformers.integrations.deepspeed.unset_hf_deepspeed_config()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def all_stepped(folder: str) -> list[tuple[list[float], float]]:
+    return [stepped(kind, folder, sharing, 2) for kind, sharing in SHARDED.values()]
+
+
+def test_ranks_that_share_a_model_have_the_losses_and_gradients_of_one_process(ranks, tmp_path, alone):
+    model_of("llama").save_pretrained(tmp_path / "model")
+    expected = [stepped(kind, str(tmp_path), {}, 0)[0] for kind, _ in SHARDED.values()]
+    for found in ranks(2)(all_stepped, str(tmp_path)):
+        for (told, mine), wanted, how in zip(found, expected, SHARDED, strict=True):
+            assert len(told) == 5, how
+            assert told == pytest.approx(wanted, rel=1e-5), how
+            assert mine == pytest.approx(1.0 if how == "ZeRO-2" else 0.5, abs=0.01), how
+
+
 def of_one_batch(folder: str, fused: bool, bf16: bool) -> tuple[float, list[Tensor], int]:
-    """Loss and gradients, and how wide what is called logits is."""
+    """Loss and gradients, and how large what is called logits is."""
     mesh = Mesh.create(1, 1, 1)
     trainer, _ = trainer_of("lora", folder, mesh, fused=fused, arguments={"bf16": bf16})
     model = trainer.accelerator.prepare(trainer.model)
@@ -127,7 +206,7 @@ def of_one_batch(folder: str, fused: bool, bf16: bool) -> tuple[float, list[Tens
     loss, out = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=count)
     loss.backward()
     assert not trainer.causal.get_output_embeddings().__dict__.get("forward")  # who calls it next has its logits
-    return loss.item(), [p.grad for p in model.parameters() if p.requires_grad], out["logits"].shape[-1]
+    return loss.item(), [p.grad for p in model.parameters() if p.requires_grad], out["logits"].numel()
 
 
 def of_both(folder: str, bf16: bool) -> list[tuple[float, list[Tensor], int]]:
@@ -136,9 +215,10 @@ def of_both(folder: str, bf16: bool) -> list[tuple[float, list[Tensor], int]]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_logits_are_not_needed(bf16, ranks, tmp_path):
-    ((expected, grads, vocabulary), (found, ours, width)) = ranks(1)(of_both, str(tmp_path), bf16)[0]
+    ((expected, grads, logits), (found, ours, instead)) = ranks(1)(of_both, str(tmp_path), bf16)[0]
     eps = 2.0**-8 if bf16 else 2.0**-23
-    assert (vocabulary, width) == (101, 48)
+    assert instead == 1
+    assert logits % 101 == 0
     assert found == pytest.approx(expected, rel=4 * eps)
     for x, y in zip(ours, grads, strict=True):
         assert (x - y).abs().max() <= 64 * eps * y.abs().max()
@@ -233,6 +313,12 @@ def with_images(features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 def test_what_needs_whole_rows_is_refused(given, message, tmp_path, alone):
     with pytest.raises(ValueError, match=message):
         trainer_of("whole", str(tmp_path), ALONE, **given)[0].train()
+
+
+def test_rows_that_are_shared_in_another_way_too_are_refused(monkeypatch, tmp_path, alone):
+    monkeypatch.setattr(RingTrainer, "get_sp_size", lambda self: 2)  # as TrainingArguments(parallelism_config=) may say
+    with pytest.raises(ValueError, match="Accelerate's own tensor or sequence parallelism: not possible"):
+        trainer_of("whole", str(tmp_path), ALONE)
 
 
 def test_the_example_learns(ranks):

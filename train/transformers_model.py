@@ -5,12 +5,13 @@ model's own, is looked for in numbers: tokens that see one another by anything b
 hidden states times the head's matrix.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ringspan.train.loss import cross_entropy_sum
@@ -40,7 +41,8 @@ def why_not_apart(model: PreTrainedModel) -> str | None:
     """Whether tokens see one another by anything but attention. Two rows have the same token in the middle: with each
     token alone, the same comes out there."""
     ids, positions, near = _probe(model)
-    hidden = hidden_states(model.eval(), ids, positions, alone)
+    with gathered(model):
+        hidden = hidden_states(model.eval(), ids, positions, alone)
     if (hidden[0, 1] - hidden[1, 1]).abs().max() > near * hidden.abs().max():
         return "its tokens see one another by more than attention: ranks would each see a part"
     return None
@@ -55,32 +57,69 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
         return "its head has adapters, of which the fused loss knows nothing"
     if getattr(head, "bias", None) is not None:
         return "its head adds a bias to the logits, which the fused loss cannot do"
-    hidden = hidden_states(model.eval(), ids, positions, alone)
-    hidden *= LARGE / (hidden @ head.weight.T).abs().max()
-    hook = model.base_model.register_forward_hook(lambda *called: called[-1].__setitem__("last_hidden_state", hidden))
-    logits = model(**inputs(ids, positions, alone)).logits
-    hook.remove()
-    if (logits - hidden @ head.weight.T).abs().max() > near * LARGE:
-        return "its logits are not hidden states times its head's matrix, as the fused loss has it"
+    with gathered(model, head.weight):
+        hidden = hidden_states(model.eval(), ids, positions, alone)
+        hidden *= LARGE / (hidden @ head.weight.T).abs().max()
+        hook = model.base_model.register_forward_hook(lambda *run: run[-1].__setitem__("last_hidden_state", hidden))
+        logits = model(**inputs(ids, positions, alone)).logits
+        hook.remove()
+        if (logits - hidden @ head.weight.T).abs().max() > near * LARGE:
+            return "its logits are not hidden states times its head's matrix, as the fused loss has it"
     return None
 
 
 @contextmanager
-def fused_loss(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, what `shard_batch` gives comes to the same loss without logits: the head gives hidden states, and the
-    model's loss is made of those and of the head's matrix. `why_not_fused` comes first."""
-    head = cast(Any, model.get_output_embeddings())
+def gathered(model: nn.Module, kept: Tensor | None = None) -> Iterator[None]:
+    """Inside, what ZeRO-3 has made in shards has its parameters while it runs, before there is an engine that does so:
+    each module has its own, and ``kept`` is whole throughout."""
+    hooks = []
+    for module in model.modules():
+        if own := [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id") and p is not kept]:
+            begin, end = _gathering(own)
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    begin, end = _gathering([kept] if hasattr(kept, "ds_id") else [])
+    begin()
+    try:
+        yield
+    finally:
+        end()
+        for hook in hooks:
+            hook.remove()
+
+
+def _gathering(parameters: list[Any]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What makes them whole, and what shards them again."""
+
+    def begin(*_: Any) -> None:
+        whole.append(importlib.import_module("deepspeed").zero.GatheredParameters(parameters))
+        whole[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        whole.pop().__exit__(None, None, None)
+
+    whole: list[Any] = []
+    return (begin, end) if parameters else (lambda *_: None, lambda *_: None)
+
+
+@contextmanager
+def fused_loss(model: PreTrainedModel, labels: Tensor, count: Tensor) -> Iterator[None]:
+    """Inside, what `shard_batch` gives comes to the same loss without logits: the head gives the sum of the losses of
+    ``labels`` over ``count``. `why_not_fused` comes first.
+
+    The head does so itself, because ZeRO-3 and FSDP gather its matrix for the time that it runs. And it divides: FSDP
+    rounds what it gives to bf16, and the sum's gradient, 1 / count, would be as well.
+    """
+    head: Any = model.get_output_embeddings()
+    head = next(x for x in head.modules() if x._parameters.get("weight") is head.weight)  # inside peft's
     before = vars(head).get("forward"), model.loss_function
 
-    def loss(
-        logits: Tensor, labels: Tensor, vocab_size: int, *, shift_labels: Tensor, num_items_in_batch: Any, **_: Any
-    ) -> Tensor:
-        hidden, weight, kind = logits, head.weight, logits.device.type
-        if torch.is_autocast_enabled(kind):  # the head's product would be in its dtype
+    def loss(hidden: Tensor) -> Tensor:
+        weight, kind = head.weight, hidden.device.type
+        if torch.is_autocast_enabled(kind):  # its product would be in its dtype
             hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
-        return cross_entropy_sum(hidden, weight, shift_labels) / num_items_in_batch
+        return cross_entropy_sum(hidden, weight, labels) / count
 
-    head.forward, model.loss_function = (lambda hidden: hidden), loss
+    head.forward, model.loss_function = loss, (lambda logits, *_, **__: logits)
     try:
         yield
     finally:

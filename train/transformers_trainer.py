@@ -7,6 +7,9 @@
 Collators give whole rows, as they do on one process, and each rank keeps its part of them. Loss and gradients are those
 of one process, for whole models and for adapters. Ranks of one ring have the same rows, and rings different ones: a
 step is over per_device_train_batch_size x mesh.data x gradient_accumulation_steps rows.
+
+What one rank cannot hold is shared by all, whatever the mesh: TrainingArguments(deepspeed=...) with ZeRO 1 to 3, or
+fsdp=True. Neither is told anything of the ring: to them all ranks are data-parallel ones.
 """
 
 from collections.abc import Callable, Iterator, Sized
@@ -44,6 +47,7 @@ class RingTrainer(Trainer):
             ("label_smoothing_factor", self.args.label_smoothing_factor),
             ("average_tokens_across_devices=False", not self.args.average_tokens_across_devices),
             ("train_sampling_strategy=batch_rebalance", self.args.train_sampling_strategy == "batch_rebalance"),
+            ("Transformers' or Accelerate's own tensor or sequence parallelism", self.shares_already()),
             ("a model whose loss takes no num_items_in_batch", not self.model_accepts_loss_kwargs),
         ):
             if asked:
@@ -57,9 +61,17 @@ class RingTrainer(Trainer):
         if fused and (why := why_not_fused(self.causal)):
             raise ValueError(f"{type(self.causal).__name__}: {why}; RingTrainer(..., fused=False) makes whole logits")
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with fused_loss(self.causal) if self.fused else nullcontext():
-            return super().compute_loss(*args, **kwargs)
+    def shares_already(self) -> bool:
+        """Whether ranks share tensors or rows beside ``attend``."""
+        by_model = getattr(self.model, "is_distributed_loading_by_transformers", False)
+        return by_model or self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        fused = fused_loss(self.causal, inputs["shift_labels"], num_items_in_batch) if self.fused else nullcontext()
+        with fused:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """This rank's parts of the batches of a step, and how many labels all ranks have in them."""
