@@ -221,7 +221,7 @@ def test_launched_from_a_run_and_from_hugging_face_on_one_process_and_on_two(run
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "checkpoint: give a run's folder"),
+        ([], "checkpoint: give the folder of a run"),
         (["checkpoint={run}"], "prompt: give it or prompt_file, and not both"),
         (["checkpoint={run}", "prompt=[a]", "top_p=2"], "top_p=2.0: must be above 0"),
         (["checkpoint={run}", "promt=[a]"], "promt: there is no such key; did you mean prompt?"),

@@ -1,5 +1,9 @@
 """Models of Transformers in generation and evaluation, against their own eager forward."""
 
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from ringspan.train.config import TrainConfig
 from ringspan.train.data import prepare
 from ringspan.train.generate import Generator, Sampling, pick
 from ringspan.train.huggingface import export
+from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.long_context import EvaluateConfig, evaluate
 from ringspan.train.measured import Measured
 from ringspan.train.packing import IGNORE
@@ -114,6 +119,84 @@ def test_adapters_write_from_their_checkpoint_what_peft_makes_of_them(run, adapt
     assert not torch.equal(expected, plain)
     for (found,) in ranks(2)(written, 2, 5, run.run_dir):
         assert torch.equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory, folders) -> tuple[Path, Path, str]:
+    """A hub's cache that has a Mistral alone, peft's adapters of it, and what both are together."""
+    root = tmp_path_factory.mktemp("named")
+    hub = root / "hub" / "models--me--tiny"
+    snapshot = hub / "snapshots" / "0123abc"
+    config = transformers.AutoConfig.from_pretrained(folder_of("Mistral", snapshot, sliding_window=9))
+    torch.manual_seed(1)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    base.save_pretrained(snapshot)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0123abc")
+    both = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    both.peft_config["default"].base_model_name_or_path = "me/tiny"
+    both.save_pretrained(root / "adapters")
+    both.merge_and_unload().save_pretrained(root / "merged")
+    return root / "hub", root / "adapters", str(root / "merged")
+
+
+@contextmanager
+def offline(hub: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
+def written_offline(hub: Path, *names: str) -> list[Tensor]:
+    with offline(hub):
+        return written(2, 5, *names)
+
+
+def test_names_on_the_hub_and_adapters_of_them_write_what_the_whole_models_do(named, ranks):
+    hub, adapters, merged = named
+    paths = (str(hub / "models--me--tiny" / "snapshots" / "0123abc"), merged)
+    expected = [eager(transformers.AutoModelForCausalLM.from_pretrained(path), 5) for path in paths]
+    assert not torch.equal(*expected)
+    for found in ranks(2)(written_offline, hub, "me/tiny", str(adapters)):
+        assert [*map(torch.equal, found, expected)] == [True, True]
+
+
+def test_adapters_are_merged_into_the_model_that_training_starts_from(named):
+    hub, adapters, merged = named
+    expected = dict(huggingface_model.loaded(HuggingFaceConfig(path=merged), 0).named_parameters())
+    with offline(hub):
+        config = HuggingFaceConfig(path=str(adapters))
+        config.check(TrainConfig(name="x", run_dir="x"))
+        found = dict(huggingface_model.loaded(config, 0).named_parameters())
+        with pytest.raises(ValueError, match=r"has adapters, .* give that, or model\.lora=null and"):
+            replace(config, lora=3).check(TrainConfig(name="x", run_dir="x"))
+    assert found.keys() == expected.keys()
+    for name, p in found.items():
+        assert torch.equal(p, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"base_model_name_or_path": None}, "does not say base_model_name_or_path"),
+        (
+            {"base_model_name_or_path": "me/other"},
+            "has adapters of me/other, .*: no such folder, .* hf download me/other",
+        ),
+        ({"r": 4}, r"its adapters cannot be merged into .*\(size mismatch for .*lora_"),
+        ({"peft_type": "LOHA"}, r"cannot be merged into .*hada_w1_a\.default is not in both"),
+        ({"target_modules": ["q_proj"]}, r"cannot be merged into .*lora_A\.weight is not in both"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(change, why, named, tmp_path):
+    hub, adapters, _ = named
+    shutil.copytree(adapters, tmp_path / "adapters")
+    told = json.loads((adapters / "adapter_config.json").read_text())
+    (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps({**told, **change}))
+    with offline(hub), pytest.raises(ValueError, match=why) as error:
+        huggingface_model.loaded(HuggingFaceConfig(path=str(tmp_path / "adapters")), 0)
+    assert "\n" not in str(error.value)
 
 
 def evaluated(config: EvaluateConfig) -> Measured:

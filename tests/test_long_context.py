@@ -265,7 +265,7 @@ def test_a_run_is_measured_on_what_it_has_held_out(run_dir, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "checkpoint: give a run's folder"),
+        ([], "checkpoint: give the folder of a run"),
         (["checkpoint={run}", "rows=0"], "rows=0: must be 1 or more"),
         (["checkpoint={run}", "lengths=[8,0]"], "lengths=0: each must be 1 or more"),
         (["checkpoint={run}", "lenghts=[8]"], "lenghts: there is no such key; did you mean lengths?"),

@@ -25,7 +25,7 @@ from ringspan.parallel.windows import Windowed
 from ringspan.train.agree import from_rank_zero
 from ringspan.train.engine import Dtype
 from ringspan.train.model import GPT
-from ringspan.train.pretrained import find_model, load_model, pick_tokenizer
+from ringspan.train.pretrained import NO_CHECKPOINT, find_model, load_model, pick_tokenizer
 from ringspan.train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def pick(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> Tensor:
 
 @dataclass(kw_only=True)
 class GenerateConfig:
-    checkpoint: str = ""  # a run's folder, a checkpoint's, or a model's in Hugging Face's layout
+    checkpoint: str = ""  # the folder of a run, a checkpoint, a model or adapters of it, or a name on the hub
     prompt: list[str] = field(default_factory=list)  # what each text begins with
     prompt_file: str | None = None  # or a file that has it, of any length
     tokens: int = 128  # to write, at most
@@ -144,7 +144,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
-            raise ValueError("checkpoint: give a run's folder, a checkpoint's, or a model's in Hugging Face's layout")
+            raise ValueError(NO_CHECKPOINT)
         if bool(self.prompt) == (self.prompt_file is not None):
             raise ValueError("prompt: give it or prompt_file, and not both")
         for name, least in (("tokens", 1), ("nproc", 0)):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +14,7 @@ from ringspan.parallel.windows import WindowedAttention
 from ringspan.train.activations import Activations, Offload, Policy
 from ringspan.train.data import DataConfig, prepared_folder
 from ringspan.train.footprint import Footprint
+from ringspan.train.hub import Place, place
 from ringspan.train.model import AnyModel, Make, ModelSizes
 from ringspan.train.optim import Optimizer
 
@@ -29,7 +28,6 @@ TAKES: dict[str, tuple[Any, ...]] = {  # of a policy's fields
     "mlp_tile": (0,),
     "compiler": (None,),
 }
-HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # OWNER/NAME
 
 
 def told(value: Any) -> str:
@@ -53,7 +51,7 @@ class Outline(NamedTuple):
 
 @dataclass(kw_only=True)
 class HuggingFaceConfig(AnyModel):
-    path: str = ""  # a model's folder, or its name on the hub
+    path: str = ""  # the folder of a model or of peft's adapters, or the name of one on the hub
     pretrained: bool = True  # false: config.json alone counts, and the weights are drawn from the seed
     lora: int | None = None  # rank of adapters on the layers' linear maps, which alone are trained; null: all weights
 
@@ -66,10 +64,24 @@ class HuggingFaceConfig(AnyModel):
         """ValueError: there is no such model, or none that our attention can do."""
         return self.model().outline_of(self)
 
+    @cached_property
+    def place(self) -> Place:
+        """Of its small files. ValueError: there is no such model."""
+        return self.find(weights=False)
+
+    def find(self, weights: bool) -> Place:
+        if not self.path:
+            raise ValueError("model.path: give the folder of a model or of adapters, or the name of one on the hub")
+        try:
+            return place(self.path, weights)
+        except ValueError as error:
+            raise ValueError(f"model.path={self.path}: {error}") from error
+
     def model(self) -> ModuleType:
-        """What needs transformers, which is optional. ValueError: it, or peft for ``lora``, is not installed."""
-        for package, asks in {"transformers": "model=hf", "peft": f"model.lora={self.lora}"}.items():
-            if (package != "peft" or self.lora) and importlib.util.find_spec(package) is None:
+        """What needs transformers, which is optional. ValueError: it, or peft for adapters, is not installed."""
+        adapts = f"model.lora={self.lora}" if self.lora else f"model.path={self.path}" if self.place.adapters else None
+        for package, asks in {"transformers": "model=hf", "peft": adapts}.items():
+            if asks and importlib.util.find_spec(package) is None:
                 raise ValueError(f"{asks} needs {package}, which is not installed: pip install {package}")
         return importlib.import_module("ringspan.train.huggingface_model")
 
@@ -140,20 +152,14 @@ class HuggingFaceConfig(AnyModel):
         self.outline  # noqa: B018 - which finds out what else is amiss, before a worker starts
 
     def check_folder(self, data: DataConfig) -> None:
-        folder = Path(self.path)
-        if not self.path:
-            raise ValueError("model.path: give a model's folder, or its name on the hub")
-        if not folder.is_dir():
-            if HUB.fullmatch(self.path):
-                return
-            raise ValueError(f"model.path={self.path}: no such folder")
+        folder, adapters = self.place
         if not (folder / "config.json").exists():
-            raise ValueError(f"model.path={self.path}: there is no config.json in this folder")
-        own = folder / "tokenizer.json"
-        if (
-            self.pretrained
-            and own.exists()
-            and data.tokenizer == "bytes"
-            and not all(map(prepared_folder, data.sources()))
-        ):
+            raise ValueError(f"model.path={self.path}: there is no config.json in {folder}")
+        if adapters and (self.lora or not self.pretrained):
+            raise ValueError(
+                f"model.path={self.path}: has adapters, which are merged into their model, {folder}: give that, or "
+                "model.lora=null and model.pretrained=true"
+            )
+        own = self.place.tokenizer()
+        if self.pretrained and own and data.tokenizer == "bytes" and not all(map(prepared_folder, data.sources())):
             raise ValueError(f"data.tokenizer=bytes: the model has learned other tokens; give data.tokenizer={own}")

@@ -112,7 +112,7 @@ def described(config: HuggingFaceConfig) -> PreTrainedConfig:
     """ValueError: there is no such folder or model, or its weights are quantised."""
     quiet()
     try:
-        about = AutoConfig.from_pretrained(config.path)
+        about = AutoConfig.from_pretrained(config.place.folder)
     except (OSError, ValueError, KeyError) as error:
         raise refused(config, f"transformers finds no model it knows ({first_line(error)})") from error
     if type(about) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -189,19 +189,38 @@ def loaded(config: HuggingFaceConfig, seed: int) -> PreTrainedModel:
     """All of it on the host, in the dtype of its files. ValueError: weights are missing."""
     quiet()
     if config.pretrained:
+        folder, adapters = config.find(weights=True)
         try:
             model, told = cast(Any, AutoModelForCausalLM).from_pretrained(
-                config.path, dtype="auto", attn_implementation=NAME, output_loading_info=True
+                folder, dtype="auto", attn_implementation=NAME, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise refused(config, f"{first_line(error)}; model.pretrained=false draws the weights") from error
         if absent := [*told["missing_keys"], *told["mismatched_keys"]]:
             raise refused(config, f"its files do not have {absent[0]} as its config.json says")
+        if adapters:
+            model = merged(config, model, adapters)
     else:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(described(config), dtype=torch.float32, attn_implementation=NAME)
     adapt(model, config.lora, model.dtype)
     return model
+
+
+def merged(config: HuggingFaceConfig, model: PreTrainedModel, adapters: Path) -> PreTrainedModel:
+    """It, with adapters of peft's added to its weights. ValueError: they are another model's, or no part of weights."""
+    from peft import PeftConfig, PeftModel  # noqa: PLC0415 - takes seconds, and only adapters need it
+
+    try:
+        # Not peft's from_pretrained, which at most warns of what is not there
+        both: Any = PeftModel(cast(Any, model), PeftConfig.from_pretrained(str(adapters)))
+        told = both.load_adapter(adapters, "default", torch_device="cpu")
+        if amiss := [*told.missing_keys, *told.unexpected_keys]:
+            raise ValueError(f"{amiss[0]} is not in both")
+        return both.merge_and_unload()
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        why = str(error).strip().split("\n")[-1].strip()  # torch's last line is the first parameter's that does not fit
+        raise refused(config, f"its adapters cannot be merged into {config.place.folder} ({why})") from error
 
 
 @contextmanager

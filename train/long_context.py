@@ -24,7 +24,7 @@ from ringspan.train.evaluate import LENGTHS, Once, found_by_depth, loss_by_posit
 from ringspan.train.measured import Measured
 from ringspan.train.needle import IDS, SHORTEST, Questions, SentenceRows, Sentences
 from ringspan.train.packing import Rows
-from ringspan.train.pretrained import Pretrained, find_model, load_model, pick_tokenizer
+from ringspan.train.pretrained import NO_CHECKPOINT, Pretrained, find_model, load_model, pick_tokenizer
 from ringspan.train.rows import Text
 from ringspan.train.step import Batches, MicroBatch
 from ringspan.train.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -32,7 +32,7 @@ from ringspan.train.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    checkpoint: str = ""  # a run's folder, a checkpoint's, or a model's in Hugging Face's layout
+    checkpoint: str = ""  # the folder of a run, a checkpoint, a model or adapters of it, or a name on the hub
     text: str | None = None  # whatever data.path may be; null: what the run has held out
     lengths: list[int] = field(default_factory=list)  # tokens; none: what it was trained on, over 16, 8, 4, 2 and 1
     rows: int = 16  # of text, of the longest length, and of needles at each length
@@ -46,7 +46,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
-            raise ValueError("checkpoint: give a run's folder, a checkpoint's, or a model's in Hugging Face's layout")
+            raise ValueError(NO_CHECKPOINT)
         for name, least in (("rows", 1), ("shortest", 0), ("nproc", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")

@@ -1,4 +1,5 @@
-"""A trained model to use: from a run's folder, a checkpoint's, or that of a model in Hugging Face's layout.
+"""A trained model to use: from a run's folder, a checkpoint's, or what Hugging Face has: a model, or peft's adapters of
+one, in a folder or under a name on the hub.
 
 A Llama or a Qwen3 there is our GPT, as far as we have them; any other causal model, and what a run with model=hf has
 trained, is as Transformers has it.
@@ -23,6 +24,7 @@ from ringspan.train.checkpoint import Reader
 from ringspan.train.corpus import is_corpus
 from ringspan.train.corpus import read_manifest as read_corpus
 from ringspan.train.data import DataConfig
+from ringspan.train.hub import ADAPTERS, NAME, place
 from ringspan.train.huggingface import DEFAULTS, Folder
 from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.initial import open_weights
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from ringspan.train.huggingface_model import CausalModel  # which needs transformers
 
 Part = TypeVar("Part")
+NO_CHECKPOINT = "checkpoint: give the folder of a run, a checkpoint, a model or adapters of it, or a name on the hub"
 TILE = 16_384  # tokens that all but attention is computed for at once: at an 8B model's width 1 GiB of an MLP in bf16
 
 
@@ -53,9 +56,10 @@ class Pretrained(NamedTuple):
 
 
 def find_model(path: Path) -> Pretrained:
-    """ValueError: there is neither a whole checkpoint nor a model that we can run."""
-    if (path / "config.json").exists():
-        return _of_folder(path)
+    """Of a run, or as `place` finds it. ValueError: there is neither a whole checkpoint nor a model that we can run."""
+    theirs = any((path / name).exists() for name in ("config.json", ADAPTERS))
+    if theirs or (NAME.fullmatch(str(path)) and not path.exists()):
+        return _of_huggingface(str(path))
     path = newest(path)
     saved = read_manifest(path).saved
     config = saved.config
@@ -99,23 +103,32 @@ def newest(source: Path) -> Path:
     raise ValueError(f"checkpoint={source}: {what}{told}; give a run's folder, or a checkpoint's with a {MANIFEST}")
 
 
-def _of_folder(path: Path) -> Pretrained:
+def _of_huggingface(name: str) -> Pretrained:
+    try:
+        found = place(name, weights=True)
+    except ValueError as error:
+        raise ValueError(f"checkpoint={name}: {error}") from error
     model: AnyModel
     try:
-        folder = Folder(path)
-        told = {**DEFAULTS, **folder.config}
-        model = model_of(told, path)
-        folder.require(model)
-        vocab_size, length = folder.vocab_size, told.get("max_position_embeddings", 1)
+        if found.adapters:
+            raise ValueError("it has adapters")
+        model, vocab_size, length = _ours(found.folder)
     except ValueError as error:
-        model = HuggingFaceConfig(path=str(path))
+        model = HuggingFaceConfig(path=name)
         try:
             vocab_size, length = model.outline.vocab_size, model.outline.longest
         except ValueError as why:
             raise ValueError(f"{_of_checkpoint(why)}; and no Llama or Qwen3 of ours: {error}") from why
-    tokenizer = path / "tokenizer.json"
-    known = str(tokenizer) if tokenizer.exists() else None
-    return Pretrained(path, model, vocab_size, Phase(seq_len=length), known, None)
+    return Pretrained(found.folder, model, vocab_size, Phase(seq_len=length), found.tokenizer(), None)
+
+
+def _ours(path: Path) -> tuple[ModelConfig, int, int]:
+    """(model, tokens that it knows, of rows). ValueError: it is none of ours."""
+    folder = Folder(path)
+    told = {**DEFAULTS, **folder.config}
+    model = model_of(told, path)
+    folder.require(model)
+    return model, folder.vocab_size, told.get("max_position_embeddings", 1)
 
 
 def _of_checkpoint(error: ValueError) -> str:
