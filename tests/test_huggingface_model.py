@@ -325,7 +325,10 @@ def test_what_would_go_wrong_in_silence_is_found_in_the_numbers(kind, fields, wh
         ({"train.recompute_layers": 2}, r"train\.recompute_layers=2: not with model=hf, which takes 1"),
         ({"train.offload": Offload.cpu}, r"train\.offload=cpu: not with model=hf, which takes none"),
         ({"train.mlp_tile": 8}, r"train\.mlp_tile=8: not with model=hf, which takes 0"),
-        ({"train.compile": True}, r"train\.compile=true: not with model=hf, which takes null or false"),
+        (
+            {"train.compile": True, "engine.zero": 3},
+            r"train\.compile=true: not with model=hf and engine\.zero=3, .* give train\.compile=false, or another",
+        ),
         ({"optim.name": Optimizer.muon}, r"optim\.name=muon: not with model=hf, which takes adamw"),
         ({"phases": [Phase(step=3, seq_len=64, rope_base=1e6)]}, "which takes phases without rope_base"),
         ({"model.path": ""}, "model.path: give the folder of a model or of adapters, or the name of one"),

@@ -26,7 +26,6 @@ TAKES: dict[str, tuple[Any, ...]] = {  # of a policy's fields
     "recompute_layers": (1,),
     "offload": (Offload.none,),
     "mlp_tile": (0,),
-    "compiler": (None,),
 }
 
 
@@ -131,21 +130,26 @@ class HuggingFaceConfig(AnyModel):
         return WindowedAttention(self.outline.windows, *args, **kwargs)
 
     def maker(self, config: TrainConfig, vocab_size: int, attend: SequenceAttention) -> Make:
-        recompute = config.train.activations is Activations.recompute
-        return self.model().maker(self, config.seed, z_loss=config.train.z_loss, recompute=recompute)
+        recompute, z_loss = config.train.activations is Activations.recompute, config.train.z_loss
+        compiler = config.train.policy("cpu").compiler  # TrainConfig has made false of null
+        return self.model().maker(self, config.seed, z_loss=z_loss, recompute=recompute, compiler=compiler)
 
     def check(self, config: TrainConfig) -> None:
         self.check_folder(config.data)
         policy = vars(config.train.policy("cpu"))
         for name, value, takes in (
-            *((f"train.{field}", policy[field], TAKES[field]) for field in TAKES if field != "compiler"),
-            ("train.compile", config.train.compile, (None, False)),
+            *((f"train.{field}", policy[field], TAKES[field]) for field in TAKES),
             ("optim.name", config.optim.name, (Optimizer.adamw,)),
         ):
             if value not in takes:
                 raise ValueError(
                     f"{name}={told(value)}: not with model=hf, which takes {' or '.join(map(told, takes))}"
                 )
+        if config.train.compile and config.engine.zero == 3:
+            raise ValueError(
+                "train.compile=true: not with model=hf and engine.zero=3, which gathers parameters in the middle of a "
+                "layer; give train.compile=false, or another stage"
+            )
         if any(phase.rope_base is not None for phase in config.phases):
             raise ValueError("phases: not with model=hf, which takes phases without rope_base")
         self.model().require_no_dropout(self)

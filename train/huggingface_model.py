@@ -35,7 +35,15 @@ from ringspan.train.footprint import Footprint, footprint
 from ringspan.train.huggingface_config import HuggingFaceConfig, Outline
 from ringspan.train.model import Head, Make, ModelSizes
 from ringspan.train.transformers_attention import NAME, register
-from ringspan.train.transformers_model import alone, hidden_states, inputs, why_not_apart, why_not_fused
+from ringspan.train.transformers_model import (
+    alone,
+    compile_layers,
+    hidden_states,
+    inputs,
+    why_not_apart,
+    why_not_compiled,
+    why_not_fused,
+)
 
 DROPS = re.compile(r"^(?!summary|classifier).*(dropout|pdrop)")  # not those of heads that are no language model's
 
@@ -288,9 +296,16 @@ class CausalModel(nn.Module):
 
 
 def maker(
-    config: HuggingFaceConfig, seed: int, *, losses: bool = True, z_loss: float = 0.0, recompute: bool = False
+    config: HuggingFaceConfig,
+    seed: int,
+    *,
+    losses: bool = True,
+    z_loss: float = 0.0,
+    recompute: bool = False,
+    compiler: str | None = None,
 ) -> Make:
-    """Rank 0 alone reads the weights, once; all ranks together. ``losses``: it will be asked for some.
+    """Rank 0 alone reads the weights, once; all ranks together. ``losses``: it will be asked for some; ``compiler``:
+    torch.compile's backend for its layers.
 
     ValueError: weights are not there, or not all, or it is no model for that.
     """
@@ -301,6 +316,8 @@ def maker(
         whole.append(loaded(config, seed))
         if why := why_not_apart(whole[0]) or (losses and why_not_fused(whole[0])):
             raise refused(config, why)
+        if compiler and (why := why_not_compiled(whole[0])):
+            raise refused(config, f"{why}; leave out train.compile=true")
         return dict(whole[0].named_buffers())
 
     buffers = from_rank_zero(load)
@@ -311,6 +328,8 @@ def maker(
         fill(model, dict(whole.pop().named_parameters()) if whole else {}, buffers, device)
         if recompute:
             recomputing(model)
+        if compiler:
+            compile_layers(model, compiler)
         return CausalModel(model, z_loss)
 
     return make

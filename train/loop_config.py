@@ -21,7 +21,7 @@ class LoopConfig:
     recompute_layers: int = 1  # layers that share one kept input, where layers are recomputed
     offload: Offload = Offload.none  # where what is kept waits for backward
     mlp_tile: int = 0  # tokens of a row that all of a layer but its attention is computed for at once; 0: all
-    compile: bool | None = None  # the layers, by torch.compile; null: on CUDA, for our GPT
+    compile: bool | None = None  # the layers, by torch.compile; null: on CUDA, if it is our GPT
     attention: Backend = Backend.auto  # the backend of attention; one that cannot run is refused, not replaced
     z_loss: float = 0.0  # adds this x logsumexp(logits)^2 to a token's loss, and to train/loss; 1e-4 is usual
     log_every: int = 1  # steps from one logged step to the next

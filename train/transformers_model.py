@@ -8,11 +8,13 @@ hidden states times the head's matrix.
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ringspan.train.loss import cross_entropy_sum
 from ringspan.train.transformers_attention import NAME
@@ -99,6 +101,37 @@ def _gathering(parameters: list[Any]) -> tuple[Callable[..., None], Callable[...
 
     whole: list[Any] = []
     return (begin, end) if parameters else (lambda *_: None, lambda *_: None)
+
+
+def compile_layers(model: nn.Module, backend: str) -> list[GradientCheckpointingLayer]:
+    """From here on a layer's forward is one graph to torch.compile, with attention as an operator in it, and layers of
+    one kind share it. Hooks stay outside. The layers."""
+    # Lengths, kinds of layers, their first one's input without a gradient, evaluation: each is another; 8 would not do
+    cast(Any, torch)._dynamo.config.recompile_limit = 64
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    kinds: set[Any] = set(map(type, layers))
+    forwards = {kind: torch.compile(kind.forward, backend=backend, fullgraph=True) for kind in kinds}
+    for layer in layers:
+        layer.forward = MethodType(forwards[type(layer)], layer)
+    return layers
+
+
+@torch.no_grad()
+def why_not_compiled(model: PreTrainedModel) -> str | None:
+    """Whether a layer is not one graph. Found out with a backend that leaves a graph as it is."""
+    from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415 - takes seconds, and only who compiles needs it
+
+    ids, positions, _ = _probe(model)
+    layers = compile_layers(model, "eager")
+    try:
+        hidden_states(model.eval(), ids, positions, alone)
+    except TorchDynamoException as error:
+        return f"torch.compile cannot take a layer of it as one graph ({str(error).partition(chr(10))[0]})"
+    finally:
+        for layer in layers:
+            del layer.forward
+        cast(Any, torch)._dynamo.reset()
+    return None if layers else "it has no layers that Transformers marks as such"
 
 
 @contextmanager
