@@ -32,6 +32,10 @@ class Dtype(str, Enum):
     bf16 = "bf16"
     fp32 = "fp32"
 
+    def on(self, device_type: str) -> torch.dtype:
+        bf16 = self is Dtype.bf16 or (self is Dtype.auto and device_type == "cuda")
+        return torch.bfloat16 if bf16 else torch.float32
+
 
 @dataclass(kw_only=True)
 class EngineConfig:
@@ -54,11 +58,11 @@ class EngineConfig:
 
     def resolve(self, device_type: str) -> torch.dtype:
         """The dtype of this run. ValueError: ZeRO 0 in bf16, whose first update DeepSpeed 0.19 gets wrong."""
-        bf16 = self.dtype is Dtype.bf16 or (self.dtype is Dtype.auto and device_type == "cuda")
-        if bf16 and self.zero == 0:
+        dtype = self.dtype.on(device_type)
+        if dtype is torch.bfloat16 and self.zero == 0:
             # Its optimizer steps once on zero gradients, so Adam's bias correction is one step ahead ever after.
             raise ValueError("engine.zero=0 with bf16 is wrong in DeepSpeed: use engine.zero=1, or engine.dtype=fp32")
-        return torch.bfloat16 if bf16 else torch.float32
+        return dtype
 
 
 class Engine:

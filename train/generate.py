@@ -207,10 +207,9 @@ def generate(
     name, texts = from_rank_zero(lambda: (pick_tokenizer(found, config.tokenizer), config.texts()))
     tokenizer = load_tokenizer(name)
     prompts = [ids.tolist() for ids in tokenizer.encode(texts)]
-    bf16 = config.dtype is Dtype.bf16 or (config.dtype is Dtype.auto and device.type == "cuda")
     attend = SequenceAttention(mesh, "balanced")
     length = max(map(len, prompts)) + config.tokens
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = config.dtype.on(device.type)
     model = load_model(found, attend, device, dtype, length, tokenizer.vocab_size, losses=False)
     streams = [Streamed(tokenizer.decode, prompt[-4:]) for prompt in prompts]
     going, first, written = set(range(len(prompts))), 0.0, 0

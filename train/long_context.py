@@ -91,8 +91,7 @@ def evaluate(config: EvaluateConfig, mesh: Mesh, device: torch.device) -> Evalua
     assert rows is not None, "`text_of` has seen to that"
     attend = found.model.attention(mesh, "balanced")
     needles = needle_rows(config, found, text, lengths)
-    bf16 = config.dtype is Dtype.bf16 or (config.dtype is Dtype.auto and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = config.dtype.on(device.type)
     asked = IDS if asks_by_ids(found) else 0
     model = load_model(found, attend, device, dtype, lengths[-1], text.corpora[0].vocab_size + asked)
 

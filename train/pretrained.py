@@ -24,7 +24,7 @@ from ringspan.train.checkpoint import Reader
 from ringspan.train.corpus import is_corpus
 from ringspan.train.corpus import read_manifest as read_corpus
 from ringspan.train.data import DataConfig
-from ringspan.train.hub import ADAPTERS, NAME, place
+from ringspan.train.hub import ADAPTERS, NAME, Place, place
 from ringspan.train.huggingface import DEFAULTS, Folder
 from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.initial import open_weights
@@ -110,9 +110,7 @@ def _of_huggingface(name: str) -> Pretrained:
         raise ValueError(f"checkpoint={name}: {error}") from error
     model: AnyModel
     try:
-        if found.adapters:
-            raise ValueError("it has adapters")
-        model, vocab_size, length = _ours(found.folder)
+        model, vocab_size, length = _ours(found)
     except ValueError as error:
         model = HuggingFaceConfig(path=name)
         try:
@@ -122,11 +120,13 @@ def _of_huggingface(name: str) -> Pretrained:
     return Pretrained(found.folder, model, vocab_size, Phase(seq_len=length), found.tokenizer(), None)
 
 
-def _ours(path: Path) -> tuple[ModelConfig, int, int]:
-    """(model, tokens that it knows, of rows). ValueError: it is none of ours."""
-    folder = Folder(path)
+def _ours(found: Place) -> tuple[ModelConfig, int, int]:
+    """(model, tokens that it knows, of its rows). ValueError: it is none of ours."""
+    if found.adapters:
+        raise ValueError(f"{found.adapters} has adapters")
+    folder = Folder(found.folder)
     told = {**DEFAULTS, **folder.config}
-    model = model_of(told, path)
+    model = model_of(told, found.folder)
     folder.require(model)
     return model, folder.vocab_size, told.get("max_position_embeddings", 1)
 
