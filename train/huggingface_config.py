@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -31,7 +30,7 @@ TAKES: dict[str, tuple[Any, ...]] = {  # of a policy's fields
 
 def told(value: Any) -> str:
     """As it stands in YAML."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(getattr(value, "value", value))
+    return str(getattr(value, "value", value))
 
 
 class Outline(NamedTuple):
