@@ -74,33 +74,28 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
 def gathered(model: nn.Module, kept: Tensor | None = None) -> Iterator[None]:
     """Inside, what ZeRO-3 has made in shards has its parameters while it runs, before there is an engine that does so:
     each module has its own, and ``kept`` is whole throughout."""
-    hooks = []
-    for module in model.modules():
-        if own := [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id") and p is not kept]:
-            begin, end = _gathering(own)
-            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    begin, end = _gathering([kept] if hasattr(kept, "ds_id") else [])
-    begin()
-    try:
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
         yield
+        return
+    whole = importlib.import_module("deepspeed").zero.GatheredParameters
+    running: dict[nn.Module, Any] = {}
+
+    def begin(module: nn.Module, *_: Any) -> None:
+        running[module] = whole([p for p in module.parameters(recurse=False) if p is not kept])
+        running[module].__enter__()
+
+    def end(module: nn.Module, *_: Any) -> None:
+        running.pop(module).__exit__(None, None, None)
+
+    hooks = [
+        hook for x in model.modules() for hook in (x.register_forward_pre_hook(begin), x.register_forward_hook(end))
+    ]
+    try:
+        with whole([] if kept is None else [kept]):
+            yield
     finally:
-        end()
         for hook in hooks:
             hook.remove()
-
-
-def _gathering(parameters: list[Any]) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What makes them whole, and what shards them again."""
-
-    def begin(*_: Any) -> None:
-        whole.append(importlib.import_module("deepspeed").zero.GatheredParameters(parameters))
-        whole[-1].__enter__()
-
-    def end(*_: Any) -> None:
-        whole.pop().__exit__(None, None, None)
-
-    whole: list[Any] = []
-    return (begin, end) if parameters else (lambda *_: None, lambda *_: None)
 
 
 def compile_layers(model: nn.Module, backend: str) -> list[GradientCheckpointingLayer]:
