@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from ringspan.train.health import watched
 from ringspan.train.huggingface import export
 from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.initial import find_weights
-from ringspan.train.loop import Trainer, train
+from ringspan.train.loop import Trainer, train, watchdog
 from ringspan.train.manifest import read_manifest
 from ringspan.train.optim import Optimizer
 from ringspan.train.phases import Phase
@@ -134,15 +136,20 @@ def eager_loss(trainer: Trainer) -> float:
     return loss / labels
 
 
+@contextmanager
+def trainer_of(config: TrainConfig) -> Iterator[Trainer]:
+    with closing(watchdog(config, config.run_dir)) as watch, closing(Trainer(config, config.run_dir, watch)) as trainer:
+        yield trainer
+
+
 def adapted(config: TrainConfig) -> tuple[float, list[str]]:
     """Train; the loss of the first step by the definition, and the parameters that have changed."""
-    trainer = Trainer(config, config.run_dir)
-    expected = eager_loss(trainer)
-    # Under ZeRO-3 this rank's part of each
-    mine = {name: getattr(p, "ds_tensor", p).detach() for name, p in trainer.engine.model.named_parameters()}
-    before = {name: x.clone() for name, x in mine.items()}
-    trainer.run(lambda: False)
-    trainer.close()
+    with trainer_of(config) as trainer:
+        expected = eager_loss(trainer)
+        # Under ZeRO-3 this rank's part of each
+        mine = {name: getattr(p, "ds_tensor", p).detach() for name, p in trainer.engine.model.named_parameters()}
+        before = {name: x.clone() for name, x in mine.items()}
+        trainer.run(lambda: False)
     return expected, [name for name, x in mine.items() if not torch.equal(x, before[name])]
 
 
@@ -188,12 +195,11 @@ def test_what_is_exported_is_what_was_trained(root, text, ranks):
 
 def rounded(config: TrainConfig) -> tuple[set[torch.dtype], set[torch.dtype], list[str]]:
     """Of parameters and of rotary frequencies in bf16, and the layers that `watched` looks at."""
-    trainer = Trainer(config, config.run_dir)
-    model = trainer.engine.model
-    (mb,) = trainer.next_micro_batches()
-    with watched(model) as layers:
-        trainer.engine.loss_sum(mb.tokens, mb.labels, mb.positions, mb.ring_plan)
-    trainer.close()
+    with trainer_of(config) as trainer:
+        model = trainer.engine.model
+        (mb,) = trainer.next_micro_batches()
+        with watched(model) as layers:
+            trainer.engine.loss_sum(mb.tokens, mb.labels, mb.positions, mb.ring_plan)
     return {p.dtype for p in model.parameters()}, {b.dtype for b in model.buffers()}, [*layers]
 
 

@@ -20,6 +20,7 @@ from ringspan.parallel.mesh import Mesh
 from ringspan.train.config import TrainConfig
 from ringspan.train.data import prepare
 from ringspan.train.generate import Generator, Sampling, pick
+from ringspan.train.hub import is_name
 from ringspan.train.huggingface import export
 from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.long_context import EvaluateConfig, evaluate
@@ -174,6 +175,13 @@ def test_adapters_are_merged_into_the_model_that_training_starts_from(named):
     assert found.keys() == expected.keys()
     for name, p in found.items():
         assert torch.equal(p, expected[name]), name
+
+
+def test_what_would_lie_in_a_folder_here_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    names = "me/tiny", "tiny", "runs", "runs/typo", "me/tiny/more", "./tiny", "/tiny"
+    assert [name for name in names if is_name(name)] == ["me/tiny", "tiny"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def run(config):
         return f"exit {leaving.code}"
     except ValueError as error:
         return str(error)
+
+
+def run_watched(config):
+    """What is told, and whether somebody still watches over a run that never began, and would end the process."""
+    said, watchdogs = run(config), [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    for thread in watchdogs:
+        thread.join(5)
+    return said, any(thread.is_alive() for thread in watchdogs)
 
 
 def run_stopped(config, step, rank):
@@ -246,7 +255,9 @@ def test_what_is_recorded_is_what_was_asked_for_and_what_runs(root, text, ranks)
 
 def test_a_backend_that_cannot_run_is_refused_and_never_replaced(root, text, ranks):
     config = job(root, "triton", text, steps=1, attention=Backend.triton)
-    assert "train.attention=triton cannot run here" in ranks(1)(run, config)[0]
+    said, watched = ranks(1)(run_watched, config)[0]
+    assert "train.attention=triton cannot run here" in said
+    assert not watched
     assert not Path(config.run_dir, "metrics.jsonl").exists()
 
 

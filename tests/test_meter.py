@@ -7,7 +7,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from ringspan.parallel import transport
 from ringspan.train import metrics
 from ringspan.train.checkpoint import Checkpointer
 from ringspan.train.engine import Engine
-from ringspan.train.loop import Trainer
+from ringspan.train.loop import Trainer, watchdog
 from ringspan.train.measured import Measured
 from ringspan.train.meter import Meter, held
 from ringspan.train.metrics import GIB, METRICS
@@ -103,7 +103,7 @@ def observed(config) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
             (metrics, "peak_flops", lambda real, device: PEAK),
         ):
             stack.enter_context(around(owner, name, wrap))
-        trainer = Trainer(config, config.run_dir)
+        trainer = Trainer(config, config.run_dir, stack.enter_context(closing(watchdog(config, config.run_dir))))
         trainer.run(lambda: False)
         trainer.close()
     assert trainer.checkpoints.superfluous.keywords == {"keep": 1, "every": 3, "best": True}

@@ -23,6 +23,12 @@ class Place(NamedTuple):
         return next((str(file) for file in files if file.exists()), None)
 
 
+def is_name(name: str) -> bool:
+    """Whether it may be a name on the hub: not what lies, or would lie, in a folder that is here."""
+    path = Path(name)
+    return bool(NAME.fullmatch(name)) and not path.exists() and (len(path.parts) == 1 or not path.parent.exists())
+
+
 def place(name: str, weights: bool = False) -> Place:
     """Downloads what the hub's cache does not have. ValueError, without the name: why there is none."""
     folder = _folder(name, weights)
@@ -43,7 +49,7 @@ def place(name: str, weights: bool = False) -> Place:
 def _folder(name: str, weights: bool) -> Path:
     if Path(name).is_dir():
         return Path(name)
-    if not NAME.fullmatch(name):
+    if not is_name(name):
         raise ValueError("no such folder")
     hub = importlib.import_module("huggingface_hub")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
@@ -49,14 +49,19 @@ def train(config: TrainConfig, run_dir: str) -> float:
     or sizes that do not fit, a GPU's memory among them, a folder that cannot be written, or gradients that are no
     longer finite.
     """
-    with signals() as stop, deterministic(config.deterministic):
+    with signals() as stop, deterministic(config.deterministic), closing(watchdog(config, run_dir)) as watch:
         torch.manual_seed(config.seed)  # checkpoints hold torch's random states
-        trainer = Trainer(config, run_dir)
+        trainer = Trainer(config, run_dir, watch)
         try:
             with trainer.memory_explained():
                 return trainer.run(stop)
         finally:
             trainer.close()
+
+
+def watchdog(config: TrainConfig, run_dir: str) -> Watchdog:
+    store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    return Watchdog(Path(run_dir, "hang"), config.train.hang_seconds, store, rank=dist.get_rank(), world=world)
 
 
 class StepResult(NamedTuple):
@@ -69,10 +74,9 @@ class StepResult(NamedTuple):
 class Trainer:
     """One run: ``done`` is how far it has come, and all of its state besides the engine's."""
 
-    def __init__(self, config: TrainConfig, run_dir: str) -> None:
-        self.config, self.run_dir, self.device = config, run_dir, pick_device()
+    def __init__(self, config: TrainConfig, run_dir: str, watch: Watchdog) -> None:
+        self.config, self.run_dir, self.watch, self.device = config, run_dir, watch, pick_device()
         self.started = time.monotonic()
-        self.watch = self.watchdog()
         self.mesh = Mesh.create(*config.parallel.sizes(dist.get_world_size()), self.device.type)
         self.text = Text(from_rank_zero(lambda: prepare(config.data)), config.data)
         self.initial = open_weights(config.init, config.model, self.text.vocab_size)
@@ -107,11 +111,6 @@ class Trainer:
 
     def memory_explained(self) -> AbstractContextManager[None]:
         return budget.explained(self.job, self.machine, lambda: f"step {self.done.step + 1}")
-
-    def watchdog(self) -> Watchdog:
-        store, world = dist.distributed_c10d._get_default_store(), dist.get_world_size()
-        limit = self.config.train.hang_seconds
-        return Watchdog(Path(self.run_dir, "hang"), limit, store, rank=dist.get_rank(), world=world)
 
     def start_or_resume(self) -> checkpoint.Saved:
         """ValueError: the checkpoint is of another shape than this run; told before any model is built."""
@@ -343,7 +342,6 @@ class Trainer:
         raise SystemExit(0)
 
     def close(self) -> None:
-        self.watch.close()
         self.checkpoints.close()
         self.prefetch.close()
         self.log.close()

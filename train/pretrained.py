@@ -24,7 +24,7 @@ from ringspan.train.checkpoint import Reader
 from ringspan.train.corpus import is_corpus
 from ringspan.train.corpus import read_manifest as read_corpus
 from ringspan.train.data import DataConfig
-from ringspan.train.hub import ADAPTERS, NAME, Place, place
+from ringspan.train.hub import ADAPTERS, Place, is_name, place
 from ringspan.train.huggingface import DEFAULTS, Folder
 from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.initial import open_weights
@@ -58,7 +58,7 @@ class Pretrained(NamedTuple):
 def find_model(path: Path) -> Pretrained:
     """Of a run, or as `place` finds it. ValueError: there is neither a whole checkpoint nor a model that we can run."""
     theirs = any((path / name).exists() for name in ("config.json", ADAPTERS))
-    if theirs or (NAME.fullmatch(str(path)) and not path.exists()):
+    if theirs or is_name(str(path)):
         return _of_huggingface(str(path))
     path = newest(path)
     saved = read_manifest(path).saved
