@@ -7,6 +7,7 @@ python launch/train.py data.path=prepared
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -38,7 +39,7 @@ def on_job(cfg: DictConfig) -> None:
         sys.exit(f"prepare.py: {error}")
     except KeyboardInterrupt:
         say("stopped; the same command goes on where it was")
-        os._exit(1)  # at once: else this process would wait until `train_bpe` is done
+        os._exit(128 + signal.SIGINT)  # at once: else this process would wait until `train_bpe` is done
     say(summary(corpus, config.out, time.perf_counter() - started))
 
 

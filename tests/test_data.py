@@ -17,7 +17,7 @@ from test_tokenizer import byte_bpe
 
 from ringspan.train import data, shards
 from ringspan.train.corpus import Corpus
-from ringspan.train.data import DataConfig, cache_folder, check, open_corpus, prepare
+from ringspan.train.data import DataConfig, cache_folder, check, prepare
 from ringspan.train.packing import LongDocuments, PackedRows, Packing
 from ringspan.train.reading import Unreadable
 
@@ -28,6 +28,12 @@ def config(tmp_path) -> DataConfig:
     (tmp_path / "text" / "a.txt").write_text("hello world")
     (tmp_path / "text" / "b.txt").write_text("more text")
     return DataConfig(path=str(tmp_path / "text"), cache=str(tmp_path / "cache"))
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Of the one source of a configuration."""
+    (folder,) = prepare(config)
+    return Corpus(folder)
 
 
 def test_documents_of_a_folder_become_tokens(config):

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_data import open_corpus
 from test_parity import SEQ_LEN, job, write_texts
 
 from ringspan.kernels import torch_backend
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
 from ringspan.train import loop, tensors
-from ringspan.train.data import DataConfig, open_corpus
+from ringspan.train.data import DataConfig
 from ringspan.train.loop import Trainer, resume_command, signals, train
 from ringspan.train.loop_config import Backend, LoopConfig
 from ringspan.train.manifest import read_manifest

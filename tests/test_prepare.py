@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import exit_code
+from test_data import open_corpus
 
+from ringspan.train import prepare
 from ringspan.train.corpus import Corpus
-from ringspan.train.data import DataConfig, open_corpus
+from ringspan.train.data import DataConfig
 from ringspan.train.documents import find_source
 from ringspan.train.prepare import PrepareConfig, prepare_folder, text_bytes
 from ringspan.train.tokenizer import load_tokenizer
@@ -79,6 +82,16 @@ def test_what_was_killed_goes_on_and_ends_the_same(tmp_path):
     for file in (tmp_path / "whole").iterdir():
         if file.name != "verified.json":
             assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_ctrl_c_ends_it_at_once_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "prepare_folder", interrupted)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    assert exit_code("prepare.py", f"out={tmp_path}/out") == 130
+    assert capsys.readouterr().err.startswith("prepare.py: stopped; the same command goes on where it was\n")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from ringspan.train.corpus import FORMAT, Corpus, Shard, is_corpus, read_manifest, verify, write_manifest
+from ringspan.train.corpus import FORMAT, Shard, is_corpus, read_manifest, verify, write_manifest
 from ringspan.train.documents import Source, find_source
 from ringspan.train.packing import LongDocuments, Packing
 from ringspan.train.reading import Columns, Skipped, Unreadable
@@ -244,9 +244,3 @@ def _check_cache(config: DataConfig, source: Source, cache: Path) -> None:
 def _setting(config: DataConfig) -> str:
     """To begin an error with: the field, its value, and what that means where it is null."""
     return f"data.cache=null ({cache_folder(None)})" if config.cache is None else f"data.cache={config.cache!r}"
-
-
-def open_corpus(config: DataConfig) -> Corpus:
-    """Prepare and open the one source of a configuration, in one process."""
-    (folder,) = prepare(config)
-    return Corpus(folder)

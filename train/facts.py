@@ -14,6 +14,7 @@ from torch._C import _distributed_c10d as c10d
 from ringspan.train import budget
 from ringspan.train.agree import of_every_rank
 from ringspan.train.metrics import peak_flops
+from ringspan.train.needle import ENDLESS
 from ringspan.train.rows import packing_facts
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ def facts(run: Trainer) -> dict[str, Any]:
     """All ranks together."""
     c, m = run.config, run.config.model
     matrices = m.matmul_parameters(run.vocab_size)
+    rows = len(run.batches.rows)
     return {
-        "corpus": f"{run.text.name}, {run.text.tokens:,} tokens, {len(run.batches.rows):,} rows"
+        "corpus": f"{run.text.name}, {run.text.tokens:,} tokens, {'endless' if rows == ENDLESS else f'{rows:,}'} rows"
         + (f", {run.text.n_skipped:,} files or rows left out" if run.text.n_skipped else ""),
         "packing": packing_facts(run.batches.rows),
         "unigram_entropy": round(run.text.unigram_entropy, 4),
