@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException
@@ -146,8 +146,9 @@ def explain(error: Exception, schema: type = TrainConfig) -> str:
     inner = next((one for one in chain if isinstance(one, OmegaConfBaseException)), None)
     part = inner.object_type if inner and is_dataclass(inner.object_type) else schema
     key = str((inner and inner.full_key) or "")
-    if key and part is Phase and "." not in key:  # of a list's part OmegaConf says no more than its own field
-        key = f"phases.{key}"
+    listed = next((one.name for one in fields(schema) if get_args(one.type) == (part,)), None)
+    if listed and key and "." not in key:  # of a part of a list OmegaConf says no more than that part's own field
+        key = f"{listed}.{key}"
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and key:
         return unknown_key(key, part)
     told = " ".join(str(inner if key else error).split("full_key:")[0].split())
