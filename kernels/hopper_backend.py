@@ -34,24 +34,16 @@ class ForwardConfig(NamedTuple):
     registers: int
 
 
-class BackwardConfig(NamedTuple):
-    """Tiles of `block_m` queries, `stages` of them in flight, past one of `block_n` keys."""
-
-    block_m: int
-    block_n: int
-    stages: int
-
-
 # By head dim. All compile to asynchronous matrix products and, by Triton 3.6 to 3.8, to zero spills
 # (tests/test_hopper_ahead_of_time.py); of those, the fastest that were tried on an H100, with Triton 3.6.
 # Triton 3.9 keeps more for the whole kernel than the loading warp has room for beside 240: 24 bytes of spills. Those
 # before it get the 240: at 232 their loops have the same instructions, but not in the order that was measured.
 WIDE = 232 if SPARES_REGISTERS else 240
 FORWARD = {64: ForwardConfig(3, 128, 3, 160), 128: ForwardConfig(2, 128, 2, WIDE)}
-BACKWARD = {64: BackwardConfig(128, 128, 2), 128: BackwardConfig(64, 128, 2)}
+BACKWARD = {64: 128, 128: 64}  # queries of a tile, which pass by TILE keys
 # A softcap needs registers, its derivative most.
 FORWARD_SOFTCAP = FORWARD | {64: ForwardConfig(2, 128, 3, WIDE)}
-BACKWARD_SOFTCAP = BACKWARD | {64: BackwardConfig(64, 128, 2)}
+BACKWARD_SOFTCAP = BACKWARD | {64: 64}
 # Heads are worked on in sections, so that what they walk along stays in L2: a tile of keys for each of an H100's
 # 132 multiprocessors, of two heads at least, as the last section ends unevenly. Sections are equal: 16 heads by 5 are
 # 5 % slower than by 4 or by 8.
@@ -124,7 +116,6 @@ def forward(
             "MERGE": into is not None, "SOFTCAP": bool(softcap), "ORDERED": block_m == TILE,
             "REGISTERS": config.registers,
         },
-        num_warps=4,
     )  # fmt: skip
     return out, lse
 
@@ -178,8 +169,8 @@ def _backward(
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    config = (BACKWARD_SOFTCAP if softcap else BACKWARD)[dim]
-    assert config.block_n == TILE, "key tiles run in the plan's order"
+    block_m = (BACKWARD_SOFTCAP if softcap else BACKWARD)[dim]
+    half = TILE // 2  # of the keys: each consumer's
     _check_statistic(lse)
     _check_statistic(delta)
     # Fused scale: ds is rounded to 16 bits, and fp16 keeps more of it before the scale than after
@@ -196,42 +187,37 @@ def _backward(
         {"BLOCK": 1024},
         q.get_device(),
     )
-    flat = _Tiles(
-        statistics, [statistics.numel()], [1], [config.block_m], NVMMASharedLayout(0, element_bitwidth=32, rank=1)
-    )
+    flat = _Tiles(statistics, [statistics.numel()], [1], [block_m], NVMMASharedLayout(0, element_bitwidth=32, rank=1))
     score_scale, bend = _coefficients(scale, softcap)
-    key_tiles = triton.cdiv(keys, config.block_n)
+    key_tiles = triton.cdiv(keys, TILE)
     all_heads = batch * kv_heads
     least = max(heads_in_cache(8 * queries * dim * group, 1, all_heads), triton.cdiv(BACKWARD_SECTION, key_tiles), 2)
     section = next((n for n in range(least, all_heads) if all_heads % n == 0), all_heads)
     turn = plan.key_order  # any int32: it is not touched
     if deterministic:
-        turn = torch.zeros(batch * heads * triton.cdiv(queries, config.block_m), dtype=torch.int32, device=q.device)
+        turn = torch.zeros(batch * heads * triton.cdiv(queries, block_m), dtype=torch.int32, device=q.device)
     _launch(
         backward_kernel,
         all_heads * key_tiles,
         (
-            _rows(q, config.block_m), _rows(dout, config.block_m), _rows(k, config.block_n), _rows(v, config.block_n),
-            flat, _rows(dq, config.block_m), _rows(dk, config.block_n), _rows(dv, config.block_n),
+            _rows(q, block_m), _rows(dout, block_m), _rows(k, half), _rows(v, half),
+            flat, _rows(dq, half, half), _rows(dk, half), _rows(dv, half),
             plan.query_lo, plan.query_hi, plan.key_order, turn, row_stride(plan.query_lo), row_stride(plan.key_order),
             queries, keys, kv_heads, group, all_heads, section, padded, score_scale, bend, scale,
         ),
         {
-            "BM": config.block_m, "BN": config.block_n, "D": dim, "STAGES": config.stages,
+            "BM": block_m, "BN": TILE, "D": dim,
             "SOFTCAP": bool(softcap), "FOLD": fold, "FRESH": fresh, "DETERMINISTIC": deterministic,
         },
-        num_warps=8,
     )  # fmt: skip
 
 
-def _launch(
-    kernel: KernelInterface[Any], programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], num_warps: int
-) -> None:
-    options: dict[str, Any] = {"num_warps": num_warps}
-    if SPARES_REGISTERS and constants["D"] == 128:
-        # Triton 3.9 computes the addresses of a tile's products long before them: they overran the uniform registers,
-        # and the backward loop had 510 instructions; now 433, 3.7's has 412. Head dim 64 needs it less (970, 916), and
-        # its products for dv then get an empty one behind them.
+def _launch(kernel: KernelInterface[Any], programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"num_warps": 4}  # a consumer; the kernels start the others
+    if SPARES_REGISTERS and kernel is forward_kernel and constants["D"] == 128:
+        # Triton 3.9 computes the addresses of a tile's products long before them: 64 bytes of spills with a softcap,
+        # which are 24 so. The backward kernel has none, and at head dim 64 its products for dv get an empty one behind
+        # them if told so.
         options["sched4reg"] = True
     launch(kernel, (programs,), arguments, constants, arguments[0].base.get_device(), **options)
 
@@ -241,20 +227,20 @@ class _Tiles(TensorDescriptor):
         """Nothing is checked again: `_fits_tma` has, and Triton's own checks cost 20 us a launch."""
 
 
-def _rows(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of so many rows of one head of x (batch, length, heads, dim): zeros past the end of a sequence."""
+def _rows(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Tiles of so many rows (and columns: all) of a head of x (batch, length, heads, dim): zeros past its end."""
     size = x.element_size()
-    shape, strides, block = _tiling(x.shape, x.stride(), size, rows)
+    shape, strides, block = _tiling(x.shape, x.stride(), size, rows, columns or x.shape[3])
     return _Tiles(x, shape, strides, block, _SWIZZLED[8 * size])
 
 
 @functools.lru_cache(maxsize=1024)
-def _tiling(shape: torch.Size, strides: tuple[int, ...], size: int, rows: int) -> tuple[list[int], ...]:
+def _tiling(shape: torch.Size, strides: tuple[int, ...], size: int, rows: int, columns: int) -> tuple[list[int], ...]:
     """Shape, strides and block of a descriptor."""
     assert _strides_fit(shape, strides, size), f"shape {shape}, strides {strides}"
     # The stride of a dim of size 1 is never used, but checked: PyTorch puts anything there.
     used = [shape[3] if n == 1 else stride for n, stride in zip(shape[:3], strides[:3], strict=True)]
-    return list(shape), [*used, 1], [1, rows, 1, shape[3]]
+    return list(shape), [*used, 1], [1, rows, 1, columns]
 
 
 def _fits_tma(x: Tensor) -> bool:

@@ -71,6 +71,9 @@ class Memory:
     def permute(self, order: Sequence[int]) -> Memory:
         return Memory(self.data.permute(*order), self.root)
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Memory:
+        return Memory(self.data.narrow(dim, start, length), self.root)
+
     def load(self, layout: Any) -> Value:
         return value(self.data.clone())
 
@@ -125,7 +128,7 @@ class Descriptor:
 class Product:
     """A matrix product that has been issued."""
 
-    def __init__(self, a: Value | Memory, b: Memory, acc: Value, use_acc: bool) -> None:
+    def __init__(self, a: Value | Memory, b: Memory, acc: Value | Product, use_acc: bool) -> None:
         self.operands, self.acc, self.result = (a, b), acc if use_acc else torch.zeros_like(acc), None
         unfenced = running_machine().running.unfenced
         assert not any(isinstance(x, Memory) and x.root in unfenced for x in (a, b)), "a product before a fence"
@@ -135,7 +138,8 @@ class Product:
         if self.result is not None:
             return
         a, b = (x.data if isinstance(x, Memory) else x.as_subclass(Tensor) for x in self.operands)
-        self.result = value(self.acc.as_subclass(Tensor) + a.float() @ b.float())
+        acc = self.acc.result if isinstance(self.acc, Product) else self.acc  # products are computed in their order
+        self.result = value(acc.as_subclass(Tensor) + a.float() @ b.float())
 
 
 class mbarrier:  # noqa: N801  # Gluon's name
@@ -194,7 +198,9 @@ def fence_async_shared() -> None:
     running_machine().running.unfenced.clear()
 
 
-def warpgroup_mma(a: Value | Memory, b: Memory, acc: Value, use_acc: bool = True, is_async: bool = False) -> Product:
+def warpgroup_mma(
+    a: Value | Memory, b: Memory, acc: Value | Product, use_acc: bool = True, is_async: bool = False
+) -> Product:
     product = Product(a, b, acc, use_acc)
     queue = running_machine().running.products
     queue.append(product)
@@ -355,6 +361,7 @@ REPLACED: dict[str, Any] = {
     "_wait_turn": _wait_turn,
     "_pass_turn": _pass_turn,
     "_rounded": _rounded,
+    "_once": lambda x: x,
     "_column_layout": _no_layout,
     "reinterpret": reinterpret,
     "as_block": as_block,

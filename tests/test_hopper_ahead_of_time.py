@@ -27,6 +27,9 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 # Bytes of spills a thread by (Triton, kernel, head dim, softcap), no more and no less; all others are 0. Triton 3.9
 # copies p before each product that reads it from registers, and its ptxas of CUDA 13.4 keeps both copies.
 SPILLS = {("3.9", "forward_kernel", 64, 0.0): 112}
+# Waits for products beyond those that are written, in the same way: that ptxas copies the wait for dp into the way to
+# the loop, for each consumer, where others jump to it.
+WAITS = {("3.9", "backward_kernel", 128, 0.0): 2}
 
 
 class Report(NamedTuple):
@@ -94,14 +97,14 @@ def count(sass: Counter[str], prefix: str) -> int:
     return sum(n for name, n in sass.items() if name.startswith(prefix))
 
 
-def check(report: Report, spills: int) -> None:
+def check(report: Report, spills: int, waits: int = 0) -> None:
     assert report.shared <= SHARED_LIMIT
     assert report.stack == spills, f"{report.stack} bytes of spills"
     assert spills or count(report.sass, "STL") == count(report.sass, "LDL") == 0
     assert count(report.sass, "HGMMA") == len(re.findall(r"wgmma\.mma_async", report.ptx)) > 0
     # Where ptxas serialises products (its warnings C7510 to C7517), it adds fences and waits that nobody wrote.
     assert count(report.sass, "WARPGROUP.ARRIVE") == len(re.findall(r"wgmma\.fence", report.ptx))
-    assert count(report.sass, "WARPGROUP.DEPBAR") == len(re.findall(r"wgmma\.wait_group", report.ptx))
+    assert count(report.sass, "WARPGROUP.DEPBAR") == len(re.findall(r"wgmma\.wait_group", report.ptx)) + waits
     assert count(report.sass, "UTMALDG") > 0
     assert count(report.sass, "USETMAXREG") > 0
 
@@ -120,7 +123,8 @@ def test_what_is_launched_compiles_well(head_dim, dtype, softcap, into, out_dtyp
     forward, backward = (build(launches[name]) for name in ("forward_kernel", "backward_kernel"))
     check(forward, SPILLS.get((VERSION, "forward_kernel", head_dim, softcap), 0))
     assert count(forward.sass, "UTMASTG") > 0, "out leaves by TMA, which stops at the end of each sequence"
-    check(backward, SPILLS.get((VERSION, "backward_kernel", head_dim, softcap), 0))
+    which = (VERSION, "backward_kernel", head_dim, softcap)
+    check(backward, SPILLS.get(which, 0), WAITS.get(which, 0))
     assert count(backward.sass, "UTMAREDG") > 0, "dq is added by TMA"
     assert count(backward.sass, "RED") == count(backward.sass, "ATOM") == 0, "dk and dv have no atomics"
 

@@ -80,7 +80,7 @@ FAULTS = {
     "a turn is not passed": ("forward", "pass_by", nothing),
     "memory is filled while it is read": ("forward", "meet", freed_early),
     "results are overwritten before they are stored": ("forward", "tma_store_wait", nothing),
-    "nobody waits for dq's memory": ("backward", "tma_store_wait", nothing),
+    "nobody waits for dq's memory": ("backward_copies", "tma_store_wait", nothing),
     "tiles come too late": ("forward", "mbarrier", mock.Mock(wraps=hopper_language.mbarrier, wait=nothing)),
     "barriers of one arrival": ("forward", "barriers", lambda n, arrivals: hopper_language.Barriers(n, 1)),
     "a product is used at once": (
