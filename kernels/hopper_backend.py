@@ -34,10 +34,11 @@ class ForwardConfig(NamedTuple):
     registers: int
 
 
-# By head dim. All compile to asynchronous matrix products and, by Triton 3.6 to 3.8, to zero spills
+# By head dim. All compile to asynchronous matrix products and, by Triton 3.6 and 3.7, to zero spills
 # (tests/test_hopper_ahead_of_time.py); of those, the fastest that were tried on an H100, with Triton 3.6.
-# Triton 3.9 keeps more for the whole kernel than the loading warp has room for beside 240: 24 bytes of spills. Those
-# before it get the 240: at 232 their loops have the same instructions, but not in the order that was measured.
+# Triton 3.9 keeps more for the whole kernel than the loading warp has room for beside 240: with a softcap, 16 bytes of
+# spills more. Those before it get the 240: at 232 their loops have the same instructions, but in another order than the
+# one that was measured.
 WIDE = 232 if SPARES_REGISTERS else 240
 FORWARD = {64: ForwardConfig(3, 128, 3, 160), 128: ForwardConfig(2, 128, 2, WIDE)}
 BACKWARD = {64: 128, 128: 64}  # queries of a tile, which pass by TILE keys

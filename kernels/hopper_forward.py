@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringspan.kernels.gluon_compat import as_block, reinterpret, tma_load, tma_store, tma_store_wait
+from ringspan.kernels.hopper_softmax import rescaled, softmax
 from ringspan.kernels.hopper_tiles import barriers, meet, pass_after, pass_by, place_of, tile_range
 
 ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup's matrix instruction takes
@@ -79,6 +80,7 @@ def _produce(args, NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MER
      old_full, old_empty, tile_full, tile_empty, LO, HI, ORDER, TAKEN, plan_stride, order_stride, n_queries, n_keys,
      n_heads, kv_group, n_all_heads, section) = args  # fmt: skip
     BM: gl.constexpr = NC * ROWS
+    HELD: gl.constexpr = q_s.shape[0] // NC
     of_rows: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     n_tiles = (n_queries + BM - 1) // BM
     base = 0  # tiles of keys, for all tiles of queries so far
@@ -103,11 +105,12 @@ def _produce(args, NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MER
                 bounds_s.index(place + 1).store(gl.load(HI + plan_row + row))
             _announce(slot, tile_s, tile_full, tile_empty, n, q0, batch, head, first * BN, full_from, full_to,
                       flat_head)  # fmt: skip
-            turn = slot & 1
             for c in gl.static_range(NC):
-                mbarrier.wait(q_empty.index(c), turn ^ 1)  # fresh barriers let a wait for 1 pass: all start empty
-                mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                tma_load(q_desc, [batch, q0 + c * ROWS, head, 0], q_full.index(c), as_block(q_s.index(c), q_desc))
+                # Fresh barriers let a wait for parity 1 pass: all start empty
+                held = slot % HELD * NC + c
+                mbarrier.wait(q_empty.index(held), (slot // HELD & 1) ^ 1)
+                mbarrier.expect(q_full.index(held), q_desc.block_type.nbytes)
+                tma_load(q_desc, [batch, q0 + c * ROWS, head, 0], q_full.index(held), as_block(q_s.index(held), q_desc))
             kv_head = head // kv_group
             for j in range(n):
                 stage = (base + j) % STAGES
@@ -124,7 +127,7 @@ def _produce(args, NC: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MER
                 # Last, so that it delays no key: the consumers are a tile or two behind, which hides it.
                 for c in gl.static_range(NC):
                     old = as_block(out_s.index(c), old_desc)
-                    mbarrier.wait(old_empty.index(c), turn ^ 1)
+                    mbarrier.wait(old_empty.index(c), (slot & 1) ^ 1)
                     mbarrier.expect(old_full.index(c), old_desc.block_type.nbytes)
                     tma_load(old_desc, [batch, q0 + c * ROWS, head, 0], old_full.index(c), old)
             base += n
@@ -167,18 +170,6 @@ def _masked(scores, j, mask_args, HIGH: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, top, score_scale):
-    """(weights, new maximum, sums of the weights, factor by which older sums shrink).
-
-    A row's four threads sum their own columns each, (rows, 4): they meet when all keys have passed.
-    """
-    new_top = gl.maximum(top, gl.max(scores, 1) * score_scale)
-    p = gl.exp2(scores * score_scale - new_top[:, None])
-    sums = gl.sum(gl.sum(p.reshape((ROWS, p.shape[1] // 8, 4, 2)), 3), 1)
-    return p, new_top, sums, gl.exp2(top - new_top)
-
-
-@gluon.jit
 def _step(j, base, p, acc, top, total, full_from, full_to, loop_args, mask_args, cid: gl.constexpr, NC: gl.constexpr,
           STAGES: gl.constexpr, SOFTCAP: gl.constexpr):  # fmt: skip
     """Q K' of tile j and P V of tile j - 1 together, and the softmax of tile j beside the latter."""
@@ -200,7 +191,7 @@ def _step(j, base, p, acc, top, total, full_from, full_to, loop_args, mask_args,
     pass_by(TURN + (cid + 1) % NC, 256)
     scores = warpgroup_mma_wait(1, deps=(s_future,))
     scores = _scores(scores, j, full_from, full_to, mask_args, SOFTCAP)
-    weights, top, sums, shrink = _softmax(scores, top, score_scale)
+    weights, top, sums, shrink = softmax(scores, top, score_scale)
     own_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
     total = total * gl.convert_layout(shrink, own_rows, assert_trivial=True)[:, None] + sums
     # k was free before the softmax; said after it, this keeps the wait for P V behind it. The assembler would have that
@@ -208,8 +199,8 @@ def _step(j, base, p, acc, top, total, full_from, full_to, loop_args, mask_args,
     pass_after(total, K_FREE + stage, NC * 128 + 32)
     acc = warpgroup_mma_wait(0, deps=(o_future,))
     pass_by(V_FREE + older, NC * 128 + 32)
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
-    return gl.convert_layout(weights.to(q.dtype), p_layout), acc, top, total
+    acc = rescaled(acc, gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None])
+    return gl.convert_layout(weights.to(v_s.dtype), p_layout), acc, top, total
 
 
 @gluon.jit
@@ -234,8 +225,8 @@ def _walk(n, base, full_from, full_to, loop_args, mask_args, cid: gl.constexpr, 
     scores = warpgroup_mma_wait(0, deps=(s_future,))
     pass_by(K_FREE + stage, NC * 128 + 32)
     scores = _scores(scores, 0, full_from, full_to, mask_args, SOFTCAP)
-    weights, top, total, _ = _softmax(scores, top, score_scale)
-    p = gl.convert_layout(weights.to(q.dtype), p_layout)
+    weights, top, total, _ = softmax(scores, top, score_scale)
+    p = gl.convert_layout(weights.to(v_s.dtype), p_layout)
     for j in range(1, n):
         p, acc, top, total = _step(j, base, p, acc, top, total, full_from, full_to, loop_args, mask_args, cid, NC,
                                    STAGES, SOFTCAP)  # fmt: skip
@@ -257,7 +248,7 @@ def _consume(args, cid: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    loop_args = (q_s.index(cid), k_s, v_s, k_full, v_full, score_scale)
+    HELD: gl.constexpr = q_s.shape[0] // NC
     base = 0  # tiles of keys, for all tiles of queries so far
     slot = 0
     if cid == NC - 1:
@@ -271,13 +262,20 @@ def _consume(args, cid: gl.constexpr, NC: gl.constexpr, STAGES: gl.constexpr,
         acc = gl.zeros([ROWS, D], gl.float32, layout=o_layout)
         top = gl.full([ROWS], FLOOR, gl.float32, layout=s_rows)
         total = gl.full([ROWS], 0.0, gl.float32, layout=s_rows)
-        mbarrier.wait(q_full.index(cid), slot & 1)
+        held = slot % HELD * NC + cid
+        q = q_s.index(held)
+        mbarrier.wait(q_full.index(held), slot // HELD & 1)
+        if HELD == 1:
+            q = q.load(gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2))
+            mbarrier.arrive(q_empty.index(held), count=1)
         if n > 0:
             full_from = _field(tile, FULL_FROM)
             full_to = _field(tile, FULL_TO)
+            loop_args = (q, k_s, v_s, k_full, v_full, score_scale)
             acc, top, total = _walk(n, base, full_from, full_to, loop_args, mask_args, cid, NC, STAGES, SOFTCAP)
             base += n
-        mbarrier.arrive(q_empty.index(cid), count=1)
+        if HELD == 2:
+            mbarrier.arrive(q_empty.index(held), count=1)
         _write(acc, top, total, tile, LSE, n_queries, slot, out_desc, out_s.index(cid), old_full.index(cid),
                old_empty.index(cid), cid, MERGE)  # fmt: skip
         mbarrier.arrive(tile_empty.index(slot % SLOTS), count=1)
@@ -348,14 +346,17 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
     """
     dtype: gl.constexpr = q_desc.dtype
     wide: gl.constexpr = gl.float32 if MERGE else out_desc.dtype
-    q_s = gl.allocate_shared_memory(dtype, [NC, ROWS, D], gl.NVMMASharedLayout(128, 16, rank=2))
+    # The next tile's queries come in while this one's are multiplied. Two consumers have these in registers, which also
+    # spares shared memory a third of what Q K' reads; three have no room for them, but shared memory has, twice.
+    HELD: gl.constexpr = NC - 1
+    q_s = gl.allocate_shared_memory(dtype, [HELD * NC, ROWS, D], gl.NVMMASharedLayout(128, 16, rank=2))
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], gl.NVMMASharedLayout(128, 16, rank=2))
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], gl.NVMMASharedLayout(128, 16, rank=2))
     out_s = gl.allocate_shared_memory(wide, [NC, ROWS, D], gl.NVMMASharedLayout(128, wide.primitive_bitwidth, rank=2))
     tile_s = gl.allocate_shared_memory(gl.int32, [SLOTS, FIELDS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bounds_s = gl.allocate_shared_memory(gl.int32, [SLOTS * NC * 2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_full = barriers(NC, 1)
-    q_empty = barriers(NC, 1)
+    q_full = barriers(HELD * NC, 1)
+    q_empty = barriers(HELD * NC, 1)
     old_full = barriers(NC, 1)
     old_empty = barriers(NC, 1)
     k_full = barriers(STAGES, 1)

@@ -362,6 +362,7 @@ REPLACED: dict[str, Any] = {
     "_pass_turn": _pass_turn,
     "_rounded": _rounded,
     "_once": lambda x: x,
+    "rescaled": lambda acc, shrink: acc * shrink,
     "_column_layout": _no_layout,
     "reinterpret": reinterpret,
     "as_block": as_block,

@@ -14,6 +14,7 @@ from hopper_cases import Case, fuzz, run
 
 from ringspan.kernels import hopper_backend
 
+GROWING = Case(mask="full", queries=200, keys=700, heads=1, kv_heads=1, spread=4.0, forward_only=True)
 CASES = {
     "causal": Case(queries=300, keys=300, heads=4, kv_heads=2),
     "random": Case(mask="random", queries=260, keys=385, batch=2, dtype=torch.float16, seed=1),
@@ -27,6 +28,7 @@ CASES = {
     "in a fixed order": Case(mask="packed", queries=500, keys=400, batch=2, deterministic=True, seed=3),
     "softcapped ring step": Case(queries=150, keys=150, softcap=20.0, into=True, seed=3, deterministic=True),
     "one query, one key": Case(queries=1, keys=1),
+    "maxima grow": GROWING,
 }
 
 
@@ -102,3 +104,9 @@ def test_faults_are_found(machine, fault):  # type: ignore[no-untyped-def]
     names = hopper_language.names_of(f"ringspan.kernels.hopper_{where}")
     with mock.patch.dict(names, {name: broken}), pytest.raises(AssertionError):
         require_good_often(machine, Case(queries=260, keys=400, mask="full", heads=1, kv_heads=1))
+
+
+def test_sums_that_stay_while_maxima_grow_are_found(machine):  # type: ignore[no-untyped-def]
+    names = hopper_language.names_of("ringspan.kernels.hopper_forward")
+    with mock.patch.dict(names, rescaled=lambda acc, shrink: acc), pytest.raises(AssertionError, match="'out'"):
+        require_good(machine, GROWING, 0)
