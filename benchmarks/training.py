@@ -3,16 +3,20 @@
 python benchmarks/training.py                                        # every case for the GPUs that are here
 python benchmarks/training.py --only '1b 65536 .* keep$' --peers fsdp2
 python benchmarks/training.py --case 1b 65536 keep optim.name=muon --peers
+python benchmarks/training.py --together --case 1b 65536 keep --case 1b 65536 recompute    # sooner done: one process
 python benchmarks/training.py --render                               # table and plots anew from --out, on any machine
 
 Each contestant of a case trains in processes of its own, one case after the other. Ours is launch/train.py itself, on
-the standard library's text with data.cross_document=true, ended after --steps steps. A rate is the median of the steps
-after the first two, memory torch.cuda.max_memory_allocated(). Utilisation counts causal attention once, and nothing
-that is computed again. A peer keeps all activations, or recomputes layers where that does not fit.
+the standard library's text with data.cross_document=true, ended after --steps steps. With --together it is that loop
+for all cases in one process (training_steps.py), and slice=4 makes a case the first 4 layers of the case before it. A
+rate is the median of the steps after the first two, memory torch.cuda.max_memory_allocated(). Utilisation counts causal
+attention once, and nothing that is computed again. A peer keeps all activations, or recomputes layers where that does
+not fit.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -21,9 +25,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +39,10 @@ from report import cells, head, put, pyplot, read, versions, write
 
 from ringspan.train.budget import Budget, Machine, budget, job_of
 from ringspan.train.config import TrainConfig, typed
+from ringspan.train.data import prepare
 from ringspan.train.metrics import flops_per_step, peak_of
+from ringspan.train.rows import Text
+from ringspan.train.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP_ATTENTION = "train.activations=recompute_keep_attention"
@@ -53,6 +61,7 @@ POLICIES = {
     ],
 }
 HOST = ["engine.offload_optimizer=true"]
+SLICE = "slice="
 SKIPPED = 2  # steps: compilations, first allocations
 
 
@@ -70,7 +79,12 @@ class Case(NamedTuple):
     def overrides(self) -> list[str]:
         data = ["data.cross_document=true", "evaluation.every=0", "logger.wandb=disabled"]
         sizes = [f"model={self.model}", f"seq_len={self.seq_len}", f"nproc={self.gpus}"]
-        return [*sizes, *data, *POLICIES[self.policy], *self.more]
+        return [*sizes, *data, *POLICIES[self.policy], *(x for x in self.more if not x.startswith(SLICE))]
+
+    @property
+    def slice(self) -> int:
+        """Layers of the case before that its rows go through; 0: it is no slice."""
+        return next((int(x.removeprefix(SLICE)) for x in self.more if x.startswith(SLICE)), 0)
 
 
 def cases(gpus: int) -> Iterator[Case]:
@@ -93,7 +107,18 @@ def configured(case: Case) -> TrainConfig:
 
 
 def predicted(case: Case, config: TrainConfig, vocab_size: int) -> Budget:
-    return budget(job_of(config, case.gpus, vocab_size), Machine())
+    job = job_of(config, case.gpus, vocab_size)
+    if not config.data.cross_document:  # one length that attends to as many keys as the first row's documents
+        rows = Text(prepare(config.data), config.data).rows(case.seq_len, config.seed)
+        pairs = sum(n * (n + 1) / 2 for n in rows.lengths(0))
+        job = replace(job, document=max(1, round(2 * pairs / case.seq_len - 1)))
+    found = budget(job, Machine())
+    if not case.slice:
+        return found
+    short = budget(replace(job, model=replace(config.model, n_layers=case.slice)), Machine())
+    states = {name: found.gpu[name] for name in ("parameters", "optimizer")}
+    seconds = {**short.seconds, "update": found.seconds["update"]}
+    return short._replace(gpu={**short.gpu, **states}, seconds=seconds, utilisation=math.nan)
 
 
 def ours(case: Case, steps: int, limit: float) -> dict[str, Any]:
@@ -102,18 +127,48 @@ def ours(case: Case, steps: int, limit: float) -> dict[str, Any]:
         wanted = [*case.overrides, "steps=100000", f"run_dir={folder}/run", "name=benchmark"]
         command = [sys.executable, str(ROOT / "launch" / "train.py"), *wanted]
         lines, said = follow(command, Path(folder, "run", "metrics.jsonl"), steps, limit)
-    if len(lines) < steps:
-        return {"failed": said}
-    lines = lines[SKIPPED:]
+    return rates(lines, case) if len(lines) == steps else {"failed": said}
+
+
+def rates(lines: list[dict[str, Any]], case: Case) -> dict[str, Any]:
+    """Of metrics.jsonl: of all steps but the first two, or of the last alone where there are no more."""
+    lines = lines[min(SKIPPED, len(lines) - 1) :]
     middle = {name: statistics.median(line[name] or 0.0 for line in lines) for name in lines[0]}
     return {
         "value": round(middle["perf/tokens_per_second_per_gpu"], 1),
         "unit": "tokens/s a GPU",
         "step_seconds": round(middle["perf/step_seconds"], 4),
-        "utilisation": round(middle["perf/mfu"], 4),
+        "utilisation": None if case.slice else round(middle["perf/mfu"], 4),
         "peak_gib": round(lines[-1]["memory/peak_allocated_gib"], 2),
         "reserved_gib": round(lines[-1]["memory/peak_reserved_gib"], 2),
     }
+
+
+def together(chosen: list[Case], steps: int, limit: float) -> Iterator[dict[str, Any]]:
+    """What `ours` gives, of each case. Where a process ends, another goes on with the case after."""
+    while chosen:
+        runs = [{"slice": [c.seq_len, c.slice]} if c.slice else {"overrides": c.overrides} for c in chosen]
+        command = [sys.executable, str(ROOT / "benchmarks" / "training_steps.py"), json.dumps([steps, runs])]
+        said = "nothing"
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            clock = threading.Timer(limit, process.kill)
+            clock.start()
+            for line in process.stdout or ():
+                if line.startswith('{"found": '):
+                    clock.cancel()
+                    clock = threading.Timer(limit, process.kill)
+                    clock.start()
+                    found = json.loads(line)["found"]
+                    yield rates(found["lines"], chosen[0]) if "lines" in found else found
+                    chosen = chosen[1:]
+                elif line.strip():
+                    said = line.strip()[:300]
+            clock.cancel()
+        if chosen:
+            yield {"failed": said}
+            chosen = chosen[1:]
 
 
 def follow(command: list[str], log: Path, steps: int, limit: float) -> tuple[list[dict[str, Any]], str]:
@@ -175,19 +230,19 @@ def peak() -> float:
     return known or Machine().peak_tflops * 1e12
 
 
-def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    config, vocab_size = configured(case), 320  # bytes and the end of a document, in multiples of 64
+def measure(case: Case, found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    config = configured(case)
+    vocab_size = config.model.vocabulary(load_tokenizer(config.data.tokenizer).vocab_size)
     expected = predicted(case, config, vocab_size)
-    row: dict[str, Any] = {**case._asdict(), "more": list(case.more)}
-    row["ours"] = ours(case, arguments.steps, arguments.limit)
+    row: dict[str, Any] = {**case._asdict(), "more": list(case.more), "ours": found}
     row["budget"] = {
         "step_seconds": round(expected.seconds_a_step, 4),
-        "utilisation": round(expected.utilisation, 4),
+        "utilisation": None if case.slice else round(expected.utilisation, 4),
         "peak_gib": round(expected.gpu_gib, 2),
         "parts_gib": {name: round(size, 3) for name, size in expected.gpu.items()},
         "parts_seconds": {name: round(seconds, 4) for name, seconds in expected.seconds.items()},
     }
-    wanted = arguments.peers if case.policy == "keep" else []
+    wanted = arguments.peers if case.policy == "keep" and not arguments.together else []
     how = {"tries": arguments.peers_try, "steps": arguments.steps, "limit": arguments.limit}
     row["peers"] = {name: peer(name, case, config, vocab_size, **how) for name in wanted}
     return row
@@ -227,7 +282,8 @@ def shown(found: dict[str, Any] | None) -> str:
     if not found or "failed" in found:
         return found["failed"].replace("|", "/") if found else "-"
     gib = "" if found["peak_gib"] is None else f", {found['peak_gib']:.1f} GiB"
-    return f"{found['value']:,.0f}, {found['utilisation']:.1%}{gib}"
+    rate = "" if found["utilisation"] is None else f", {found['utilisation']:.1%}"
+    return f"{found['value']:,.0f}{rate}{gib}"
 
 
 def off(row: dict[str, Any], name: str) -> str:
@@ -267,7 +323,8 @@ def main() -> None:
     parser.add_argument("--peers-try", nargs="*", default=["keep", "recompute"], help="activations, until one fits")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of one contestant of one case")
-    parser.add_argument("--case", nargs="+", help="another one, of one process: MODEL TOKENS POLICY OVERRIDE ...")
+    parser.add_argument("--case", nargs="+", action="append", help="another: MODEL TOKENS POLICY OVERRIDE ...")
+    parser.add_argument("--together", action="store_true", help="ours alone, all cases in one process")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "training.json")
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
@@ -275,14 +332,15 @@ def main() -> None:
         return render(arguments.out)
     chosen = [case for case in cases(torch.cuda.device_count()) if re.search(arguments.only, str(case))]
     if arguments.case:
-        model, tokens, policy, *more = arguments.case
-        chosen = [Case(model, int(tokens), 1, policy, tuple(more))]
+        chosen = [Case(model, int(n), 1, policy, tuple(more)) for model, n, policy, *more in arguments.case]
     elif not torch.cuda.is_available():
         sys.exit("these cases are for GPUs, and there is none; --case tiny 1024 keep runs anywhere")
     report = read(arguments.out, machine())
     report["commands"].append(shlex.join(sys.argv))
-    for case in chosen:
-        row = measure(case, arguments)
+    one_by_one = (ours(case, arguments.steps, arguments.limit) for case in chosen)
+    results = together(chosen, arguments.steps, arguments.limit) if arguments.together else one_by_one
+    for case, found in zip(chosen, results, strict=True):
+        row = measure(case, found, arguments)
         told = {name: shown(found) for name, found in (("ours", row["ours"]), *row["peers"].items())}
         print(f"{case}: {told}; budget {off(row, 'peak_gib')} GiB, {off(row, 'step_seconds')} s", flush=True)
         put(report, row, Case._fields)
