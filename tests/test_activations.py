@@ -1,4 +1,6 @@
+import gc
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.mesh import Mesh
 from ringspan.train import layer
 from ringspan.train.activations import Activations, Offload, Policy, in_tiles, tiles
+from ringspan.train.engine import pinned_copy
 from ringspan.train.host import HostMemory
 from ringspan.train.loop_config import LoopConfig
 from ringspan.train.model import GPT, ModelConfig
@@ -226,6 +229,32 @@ def test_a_forward_whose_backward_never_comes_leaves_the_host_memory_usable():
     assert len(gpt.run_layers.memory.free) == 3  # layers: none is lost
 
 
+def test_pinned_memory_is_as_large_as_asked_and_is_given_up_with_its_last_view(monkeypatch):
+    known, device = {}, torch.device("cuda", 0)
+
+    def register(address, size, flags):
+        known[address] = size
+        return 0 if size < 2**20 else 2
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=known.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    x = torch.arange(70_001, dtype=torch.bfloat16).view(1, -1)
+    copy = pinned_copy(device, x)
+    assert torch.equal(copy, x)
+    assert list(known.values()) == [140_002]  # not 2^18
+    part = copy[0, 5:7]
+    del copy
+    gc.collect()
+    assert len(known) == 1
+    del part
+    gc.collect()
+    assert not known
+    assert pinned_copy(device, torch.zeros(0, 3)).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"offload_optimizer=true: 0\.0 GiB of host memory cannot be pinned \(CUDA er"):
+        pinned_copy(device, torch.zeros(2**20))
+
+
 def test_tiles_cover_all_tokens_in_runs_as_equal_as_can_be():
     for n, tile in ((10, 3), (12, 4), (7, 7), (1, 5), (100, 33)):
         parts = list(tiles(n, tile))
@@ -266,7 +295,9 @@ def test_every_policy_on_a_gpu_in_bf16_is_as_near_the_exact_gradients_as_keep(co
 
     exact = found(Policy(), torch.float32)
     rounding = off(found(Policy(), torch.bfloat16), exact)
-    for activations, offload, tile in itertools.product(Activations, Offload, (0, 300)):
-        policy = Policy(activations=activations, offload=offload, mlp_tile=tile, compiler=compiler)
+    shared = [(how, k) for how in Activations for k in (1, 3) if k == 1 or how is not KEEP]
+    for (activations, k), offload, tile in itertools.product(shared, Offload, (0, 300)):
+        where = {"offload": offload, "mlp_tile": tile, "compiler": compiler}
+        policy = Policy(activations=activations, recompute_layers=k, **where)
         # fusing rounds less often, tiles once more
         assert off(found(policy, torch.bfloat16), exact) < 1.25 * rounding, policy

@@ -51,6 +51,7 @@ class HostMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.newest: weakref.ref[Parcel] | None = None
         self.free: list[Tensor] = []  # buffers that no parcel has
@@ -110,27 +111,32 @@ class HostMemory:
         if enough:
             return self.free.pop(min(enough, key=lambda i: self.free[i].numel()))
         self.release()
-        return self._pinned(size)
-
-    def _pinned(self, size: int) -> Tensor:
-        # Not torch's pinned memory: that comes in powers of two, up to twice of what is needed.
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # not shared memory, of which a container may have little
-        buffer = torch.frombuffer(mmap.mmap(-1, max(size, 1), flags=private), dtype=torch.uint8)
-        if self.stream is not None:
-            runtime = torch.cuda.cudart()
-            error = runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-            if int(error) != 0:
-                raise ValueError(
-                    f"train.offload=cpu: {size / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error "
-                    f"{int(error)}); give the job more host memory or locked memory (ulimit -l), or keep less"
-                )
-            # Memory that is unmapped while it is registered can never be registered again: CUDA error 712
-            weakref.finalize(buffer, _unpin, self.stream.device, buffer.data_ptr()).atexit = False
-        return buffer
+        return pinned(size, self.device, "train.offload=cpu")
 
     def release(self) -> None:
         """Give back the buffers that are free."""
         self.free.clear()
+
+
+def pinned(size: int, device: torch.device, wanted_by: str) -> Tensor:
+    """``size`` bytes of the host's memory, uint8, pinned for a CUDA device. ValueError, naming a field: they cannot be.
+
+    Not torch's pinned memory: that comes in powers of two, up to twice of what is needed.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # not shared memory, of which a container may have little
+    memory = mmap.mmap(-1, max(size, 1), flags=private)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    if device.type == "cuda":
+        error = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+        if int(error) != 0:
+            raise ValueError(
+                f"{wanted_by}: {size / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {int(error)}); give "
+                "the job more host memory or locked memory (ulimit -l), or keep less"
+            )
+        # Memory that is unmapped while it is registered can never be registered again: CUDA error 712. Any view keeps
+        # the mapping alive, which says when it goes.
+        weakref.finalize(memory, _unpin, device, buffer.data_ptr()).atexit = False
+    return buffer
 
 
 def _unpin(device: torch.device, address: int) -> None:
