@@ -108,9 +108,9 @@ def configured(case: Case) -> TrainConfig:
 
 def predicted(case: Case, config: TrainConfig, vocab_size: int) -> Budget:
     job = job_of(config, case.gpus, vocab_size)
-    if not config.data.cross_document:  # one length that attends to as many keys as the first row's documents
+    if not config.data.cross_document:  # one length that attends to as many keys as the documents of the first rows
         rows = Text(prepare(config.data), config.data).rows(case.seq_len, config.seed)
-        pairs = sum(n * (n + 1) / 2 for n in rows.lengths(0))
+        pairs = statistics.mean(sum(n * (n + 1) / 2 for n in rows.lengths(row)) for row in rows.order(0, SKIPPED + 1))
         job = replace(job, document=max(1, round(2 * pairs / case.seq_len - 1)))
     found = budget(job, Machine())
     if not case.slice:
@@ -145,7 +145,8 @@ def rates(lines: list[dict[str, Any]], case: Case) -> dict[str, Any]:
 
 
 def together(chosen: list[Case], steps: int, limit: float) -> Iterator[dict[str, Any]]:
-    """What `ours` gives, of each case. Where a process ends, another goes on with the case after."""
+    """What `ours` gives, of each case. Where a process fails, another goes on with the case after; where it leaves the
+    GPU to be emptied for the next, with that one."""
     while chosen:
         runs = [{"slice": [c.seq_len, c.slice]} if c.slice else {"overrides": c.overrides} for c in chosen]
         command = [sys.executable, str(ROOT / "benchmarks" / "training_steps.py"), json.dumps([steps, runs])]
@@ -166,7 +167,7 @@ def together(chosen: list[Case], steps: int, limit: float) -> Iterator[dict[str,
                 elif line.strip():
                     said = line.strip()[:300]
             clock.cancel()
-        if chosen:
+        if chosen and process.returncode:
             yield {"failed": said}
             chosen = chosen[1:]
 
