@@ -87,6 +87,13 @@ def test_delta(interpreted):  # type: ignore[no-untyped-def]
     interpreted(triton_cases.check_delta, "cpu")
 
 
+def test_parts_of_keys_fill_whole_rounds_of_the_gpu():
+    """On 264 places: 1, 8, 16 and 64 rows of 8 kv heads; few keys; more heads than places."""
+    assert [triton_split.pick_splits(pairs, 264, 128) for pairs in (8, 64, 128, 512)] == [32, 4, 2, 1]
+    assert triton_split.pick_splits(8, 264, 16) == 16
+    assert triton_split.pick_splits(300, 264, 1) == 1
+
+
 def test_many_short_rows_fit_a_grid():
     """2^16 heads in all: CUDA takes no more than 65,535 programs in a grid's second dimension."""
     grids = []
