@@ -69,8 +69,9 @@ class Cache:
         if window not in self.plans:
             first = self.starts if window is None else self.starts.clamp(min=self.length - window)
             lo = torch.searchsorted(self.slots, first).clamp(max=self.rows).to(torch.int32)[:, None]
-            spans = Spans(lo, torch.full_like(lo, self.rows))
-            self.plans[window] = plan(spans.to(self.pairs[0][0].device), self.rows)
+            made = plan(Spans(lo, torch.full_like(lo, self.rows)), self.rows, backward=False)
+            device = self.pairs[0][0].device
+            self.plans[window] = Plan(*(x.to(device, non_blocking=True) for x in made))  # no layer waits for the host
         return self.plans[window]
 
     def attend(

@@ -50,6 +50,7 @@ def decoded(ranks: int, prompt: int, n: int) -> tuple[Tensor, int, int]:
         cache.begin()
         one = [x[:, t : t + 1] for x in (q, k, v)]
         outs.append(torch.stack([cache.attend(*one), cache.attend(-one[0], *one[1:], scale=0.1)]))
+        assert not cache.plan(None).query_lo.numel()  # of as many as there are keys: a token needs none of it
     with pytest.raises(ValueError, match=f"room for {prompt + n} tokens a row, and all of it is used"):
         cache.begin()
     return torch.cat(outs, dim=2), cache.rows, cache.pairs[1][0].shape[1]

@@ -67,8 +67,15 @@ class Generator:
         a model has more than its tokenizer. ValueError: a prompt without tokens."""
         if not prompts or not all(prompts):
             raise ValueError("prompt: each needs at least one token")
-        draws = torch.Generator().manual_seed(sampling.seed)
         cache, logits = self._prefill(prompts, room=max(0, n - 1))
+        yield from self.decode(cache, logits, n, sampling, vocabulary)
+
+    @torch.no_grad()
+    def decode(
+        self, cache: Cache, logits: Tensor, n: int, sampling: Sampling, vocabulary: int | None = None
+    ) -> Iterator[Tensor]:
+        """The same behind a cache that is filled, where ``logits`` are of what follows; it has room for n - 1."""
+        draws = torch.Generator().manual_seed(sampling.seed)
         for number in range(n):
             tokens = pick(logits[:, :vocabulary], sampling, draws)
             dist.broadcast(tokens, group=self.group, group_src=0)  # the ranks' logits may differ in their last bits
@@ -108,7 +115,8 @@ class Generator:
 
     def _logits(self, tokens: Tensor, positions: Tensor, attend: Callable[..., Tensor], at: int = 0) -> Tensor:
         """(rows, vocabulary) of what follows token ``at``, for int64 (rows, tokens)."""
-        logits = self.model.logits(tokens.to(self.device), positions.clamp(min=0).to(self.device), attend, at)
+        ids, places = (x.to(self.device, non_blocking=True) for x in (tokens, positions.clamp(min=0)))
+        logits = self.model.logits(ids, places, attend, at)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
