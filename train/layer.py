@@ -130,14 +130,14 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tens
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, S, heads, D) turned by its position's angles."""
-    a, b = widened(x).chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # products with cos and sin are as wide as those
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def swiglu(wide: Tensor) -> Tensor:
     """silu(gate) x value (Shazeer, arXiv 2002.05202), (B, S, M)."""
-    gate, value = widened(wide).chunk(2, dim=-1)
-    return (F.silu(gate) * value).to(wide.dtype)
+    gate, value = wide.chunk(2, dim=-1)
+    return (F.silu(widened(gate)) * value).to(wide.dtype)
 
 
 def swiglu_backward(dhidden: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
