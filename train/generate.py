@@ -58,6 +58,7 @@ class Generator:
         self.model, self.group = model, mesh.ring_group
         self.attend = SequenceAttention(mesh, "balanced", backend)
         self.device = model.head.weight.device
+        self.ahead = self.device.type == "cuda"  # it works on the next token while the host is told of this one
 
     @torch.no_grad()
     def __call__(
@@ -79,8 +80,11 @@ class Generator:
         for number in range(n):
             tokens = pick(logits[:, :vocabulary], sampling, draws)
             dist.broadcast(tokens, group=self.group, group_src=0)  # the ranks' logits may differ in their last bits
-            yield tokens.cpu()
-            if number + 1 < n:
+            arrived, more = sent(tokens), number + 1 < n
+            if more and self.ahead:
+                logits = self._step(cache, tokens)
+            yield arrived()
+            if more and not self.ahead:
                 logits = self._step(cache, tokens)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Cache, Tensor]:
@@ -120,6 +124,21 @@ class Generator:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def sent(tokens: Tensor) -> Callable[[], Tensor]:
+    """Sends tokens to the host. What it returns waits for them, and for nothing that is launched later, and has them."""
+    host = tokens.to("cpu", non_blocking=True)  # into pinned memory
+    event = torch.cuda.Event() if tokens.is_cuda else None
+    if event is not None:
+        event.record()
+
+    def arrived() -> Tensor:
+        if event is not None:
+            event.synchronize()
+        return host
+
+    return arrived
+
+
 def pick(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> Tensor:
     """A token of each row of logits (rows, vocabulary): int64 (rows,)."""
     if sampling.temperature == 0:
@@ -130,8 +149,8 @@ def pick(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> Tensor:
     before = shares.cumsum(dim=-1) - shares
     shares = shares.masked_fill(before >= sampling.top_p * shares.sum(dim=-1, keepdim=True), 0)
     edges = shares.cumsum(dim=-1)
-    drawn = torch.rand(len(logits), 1, generator=draws, dtype=torch.float64).to(logits.device) * edges[:, -1:]
-    at = torch.searchsorted(edges, drawn.to(edges.dtype), right=True)
+    drawn = torch.rand(len(logits), 1, generator=draws, dtype=torch.float64).to(logits.device, non_blocking=True)
+    at = torch.searchsorted(edges, (drawn * edges[:, -1:]).to(edges.dtype), right=True)
     # A draw that rounds to the sum itself would come after the last of them
     return order.gather(1, at.minimum((shares > 0).sum(dim=-1, keepdim=True) - 1))[:, 0]
 
