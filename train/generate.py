@@ -125,7 +125,7 @@ class Generator:
 
 
 def sent(tokens: Tensor) -> Callable[[], Tensor]:
-    """Sends tokens to the host. What it returns waits for them, and for nothing that is launched later, and has them."""
+    """Sends tokens to the host. What it returns gives them, and waits for them, but for nothing launched later."""
     host = tokens.to("cpu", non_blocking=True)  # into pinned memory
     event = torch.cuda.Event() if tokens.is_cuda else None
     if event is not None:
