@@ -20,12 +20,13 @@ from ringspan.parallel.mesh import Mesh
 from ringspan.train.data import DataConfig
 from ringspan.train.generate import Generator, Sampling, Streamed, pick
 from ringspan.train.huggingface import export
+from ringspan.train.huggingface_config import HuggingFaceConfig
 from ringspan.train.loop import train
 from ringspan.train.manifest import checkpoints_in, read_manifest
 from ringspan.train.model import GPT, ModelConfig
 from ringspan.train.phases import Phase
 from ringspan.train.prepare import PrepareConfig, prepare_folder
-from ringspan.train.pretrained import Pretrained, find_model, newest, pick_tokenizer, tokenizer_of
+from ringspan.train.pretrained import Pretrained, find_model, load_model, newest, pick_tokenizer, tokenizer_of
 from ringspan.train.tokenizer import ByteTokenizer, load_tokenizer, tokenizer_fingerprint, train_bpe
 
 VOCABULARY = 61
@@ -220,6 +221,20 @@ def test_launched_from_a_run_and_from_hugging_face_on_one_process_and_on_two(run
     two = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert two.returncode == 0, two.stderr
     assert two.stdout == alone.out
+
+
+def test_layers_are_compiled_where_that_is_asked_for(run_dir, monkeypatch, capfd):
+    asked, given = [], (f"checkpoint={run_dir}", "prompt=[one two]", "tokens=5")
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how["backend"]) or function)
+    assert generate_py(*given) == 0
+    plainly = capfd.readouterr().out
+    assert not asked
+    assert generate_py(*given, "compile=true") == 0
+    assert capfd.readouterr().out == plainly
+    assert set(asked) == {"inductor"}
+    theirs = Pretrained(Path("x"), HuggingFaceConfig(path="x"), 320, Phase(seq_len=8), None, None)
+    with pytest.raises(ValueError, match="compile=true: x runs with Transformers' own layers; leave it out"):
+        load_model(theirs, None, torch.device("cpu"), torch.float32, 8, 320, compiler="inductor")
 
 
 @pytest.mark.parametrize(

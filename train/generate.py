@@ -167,6 +167,7 @@ class GenerateConfig:
     seed: int = 0  # of the draws
     tokenizer: str | None = None  # bytes, or a tokenizer's file; null: the model's own
     dtype: Dtype = Dtype.auto  # of weights and cache
+    compile: bool = False  # the layers of our GPT, by torch.compile: slow at first, then a token is fewer kernels
     nproc: int = 1  # processes to share prompts and cache; 0: one on each GPU here, 2 where there is none
 
     def __post_init__(self) -> None:
@@ -237,14 +238,14 @@ def generate(
     attend = SequenceAttention(mesh, "balanced")
     length = max(map(len, prompts)) + config.tokens
     dtype = config.dtype.on(device.type)
-    model = load_model(found, attend, device, dtype, length, tokenizer.vocab_size, losses=False)
+    compiler = "inductor" if config.compile else None
+    size = tokenizer.vocab_size
+    model = load_model(found, attend, device, dtype, length, size, losses=False, compiler=compiler)
     streams = [Streamed(tokenizer.decode, prompt[-4:]) for prompt in prompts]
     going, first, written = set(range(len(prompts))), 0.0, 0
     tell = tell if mesh.ring_rank == 0 else lambda *_: None
     begun = time.perf_counter()
-    for number, tokens in enumerate(
-        Generator(model, mesh)(prompts, config.tokens, config.sampling(), tokenizer.vocab_size)
-    ):
+    for number, tokens in enumerate(Generator(model, mesh)(prompts, config.tokens, config.sampling(), size)):
         first = first or time.perf_counter() - begun
         going -= {row for row in going if tokens[row] == tokenizer.end_of_document}
         for row in sorted(going):

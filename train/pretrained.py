@@ -177,22 +177,26 @@ def load_model(
     tokens: int,
     *,
     losses: bool = True,
+    compiler: str | None = None,
 ) -> GPT | CausalModel:
     """All ranks together. ``seq_len``: of the rows to come, of which positions may be scaled by their length;
-    ``tokens``: of the tokenizer; ``losses``: it will be asked for some.
+    ``tokens``: of the tokenizer; ``losses``: it will be asked for some; ``compiler``: torch.compile's backend for its
+    layers.
 
-    ValueError: damaged files, a model that knows fewer tokens, or one whose loss is not ours.
+    ValueError: damaged files, a model that knows fewer tokens, one whose loss is not ours, or none of ours to compile.
     """
     model: GPT | CausalModel
     source: Source | None
     try:
         if isinstance(found.model, HuggingFaceConfig):
+            if compiler:
+                raise ValueError(f"compile=true: {found.path} runs with Transformers' own layers; leave it out")
             found.model.vocabulary(tokens)
             source = Reader(found.path, read_manifest(found.path)) if found.data else None  # a run's
             model = found.model.model().maker(found.model, found.seed, losses=losses)(device, dtype)
         else:
             source = open_weights(str(found.path), found.model, tokens)
-            policy = Policy(activations=Activations.recompute, mlp_tile=TILE)  # keeps nothing whole
+            policy = Policy(activations=Activations.recompute, mlp_tile=TILE, compiler=compiler)  # nothing whole
             model = GPT(cast(ModelConfig, found.model), found.vocab_size, attend, policy, device=device, dtype=dtype)
     except ValueError as error:
         raise ValueError(str(error) if found.data else _of_checkpoint(error)) from error
