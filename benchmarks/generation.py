@@ -1,6 +1,6 @@
 """Inference and the drop-in on one GPU, beside Hugging Face's: docs/benchmarks/generation.json and .md.
 
-python benchmarks/generation.py                                 # every part, 3 minutes on an H200
+python benchmarks/generation.py                                 # every part: minutes on an H200
 python benchmarks/generation.py --only 'decode 131072 8'        # cases that the expression matches
 python benchmarks/generation.py --small --out /tmp/small.json   # the same at tiny sizes, on any machine
 python benchmarks/generation.py --render                        # the table anew from --out, on any machine
