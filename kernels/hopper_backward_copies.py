@@ -56,6 +56,7 @@ def add_gradients(args, dk_desc, dv_desc, BM: gl.constexpr, BN: gl.constexpr, FR
         if n > 0:  # a consumer's first is of no tile
             meet(DQ_FULL + c, 128 + 32)
             pass_by(DQ_EMPTY + c, 128 + 32)
+    before = TURNS
     for group_head in range(kv_group):
         head = kv_head * kv_group + group_head
         for t in range(n):
@@ -63,18 +64,29 @@ def add_gradients(args, dk_desc, dv_desc, BM: gl.constexpr, BN: gl.constexpr, FR
             if DETERMINISTIC and first + t < shared_to:
                 _wait_turn(turn, k0 // BN)
             _add_dq(dq_desc, dq_s, [batch, (first + t) * BM, head, 0], turn, k0 // BN, BM, kv_s.shape[2], DETERMINISTIC)
+            if DETERMINISTIC:
+                if group_head + t > 0:  # the turn of the tile before: its sums, unlike these, are there by now
+                    _pass_turn(before, k0 // BN + 1, 2)
+                before = turn
         TURNS += n_tiles
+    if DETERMINISTIC and n > 0:
+        _pass_turn(before, k0 // BN + 1, 0)
+    if dk_desc.dtype != gl.float32 or FRESH or n > 0:
+        _store_dk_dv(dk_desc, dv_desc, kv_s, dkv_full, dv_taken, batch, k0, kv_head, FRESH)
+
+
+@gluon.jit
+def _store_dk_dv(dk_desc, dv_desc, kv_s, dkv_full, dv_taken, batch, k0, kv_head, FRESH: gl.constexpr):
     if dk_desc.dtype == gl.float32:
-        if FRESH or n > 0:
-            wide = reinterpret(kv_s, gl.float32, [2, ROWS, kv_s.shape[2]], gl.NVMMASharedLayout(128, 32, rank=2))
-            for c in gl.static_range(2):
-                mbarrier.wait(dkv_full.index(c), 0)
-                _store_or_add(dv_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(wide.index(c), dv_desc), FRESH)
-                tma_store_wait(0)
-                mbarrier.arrive(dv_taken.index(c), count=1)
-            for c in gl.static_range(2):
-                mbarrier.wait(dkv_full.index(c), 1)
-                _store_or_add(dk_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(wide.index(c), dk_desc), FRESH)
+        wide = reinterpret(kv_s, gl.float32, [2, ROWS, kv_s.shape[2]], gl.NVMMASharedLayout(128, 32, rank=2))
+        for c in gl.static_range(2):
+            mbarrier.wait(dkv_full.index(c), 0)
+            _store_or_add(dv_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(wide.index(c), dv_desc), FRESH)
+            tma_store_wait(0)
+            mbarrier.arrive(dv_taken.index(c), count=1)
+        for c in gl.static_range(2):
+            mbarrier.wait(dkv_full.index(c), 1)
+            _store_or_add(dk_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(wide.index(c), dk_desc), FRESH)
     else:
         for c in gl.static_range(2):
             mbarrier.wait(dkv_full.index(c), 0)
@@ -93,8 +105,8 @@ def _add_dq(dq_desc, dq_s, where, turn, tile_of_keys, BM: gl.constexpr, D: gl.co
         tma_add(dq_desc, [where[0], row, where[2], c * ROWS if D > ROWS else 0], as_block(dq_s.index(c), dq_desc))
         tma_store_wait(0)
         pass_by(DQ_EMPTY + c, 128 + 32)
-        if DETERMINISTIC and (c == 1 or SUMS):
-            _pass_turn(turn, tile_of_keys + c)
+        if DETERMINISTIC and SUMS and c == 0:
+            _pass_turn(turn, tile_of_keys, 0)  # still this block's: the second is added once the first is there
 
 
 @gluon.jit
@@ -120,14 +132,16 @@ def _wait_turn(at, turn):
 
 
 @gluon.jit
-def _pass_turn(at, turn):
-    """Sets the number at `at` once all that this warp added by TMA is in global memory, not only on its way."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred one; .reg .b32 lane; cp.async.bulk.wait_group 0; fence.proxy.async; bar.warp.sync 0xffffffff; "
-        "mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; @one st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2; }",
-        "=r,l,r",
-        [at, turn],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+def _pass_turn(at, turn, PENDING: gl.constexpr):
+    """Sets the number at `at` to `turn` once what this warp added by TMA, but for the last PENDING blocks, is there."""
+    gl.inline_asm_elementwise(_pass_when(PENDING), "=r,l,r", [at, turn], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _pass_when(pending):
+    """Assembly: blocks are added when they are in global memory, not when they have left shared memory."""
+    return (
+        f"{{ .reg .pred one; .reg .b32 lane; cp.async.bulk.wait_group {pending}; fence.proxy.async; "
+        "bar.warp.sync 0xffffffff; mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; "
+        "@one st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2; }"
     )
