@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringspan.kernels.gluon_compat import as_block, reinterpret, tma_load, tma_store, tma_store_wait
-from ringspan.kernels.hopper_softmax import rescaled, softmax
-from ringspan.kernels.hopper_tiles import barriers, meet, pass_after, pass_by, place_of, tile_range
+from ringspan.kernels.hopper_softmax import declare_exceeded, exceeded, rounded, softmax, weights_of
+from ringspan.kernels.hopper_tiles import barriers, meet, pass_by, place_of, tile_range
 
 ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup's matrix instruction takes
 # The running maximum starts at a finite floor: exp2(-inf - floor) is 0 where exp2(-inf - -inf) would be NaN.
@@ -39,10 +39,9 @@ COLUMN = gl.constexpr(4)  # its first key
 FULL_FROM = gl.constexpr(5)  # key tiles that need no mask
 FULL_TO = gl.constexpr(6)
 FLAT_HEAD = gl.constexpr(7)  # counted over the batch
-
-
-# Named barriers, beside those that Triton uses: one for each consumer's turn, and one for each stage of k and of v that
-# is free again. An mbarrier's arrival would make the whole warpgroup meet first, three times a tile.
+# Named barriers, beside Triton's 0 to 3: of each consumer's warps, which compare their sums; of its turn; of each stage
+# of k and of v that is free again. An mbarrier's arrival would make the warpgroup meet first, three times a tile.
+CHECK = gl.constexpr(4)
 TURN = gl.constexpr(7)
 K_FREE = gl.constexpr(10)
 V_FREE = gl.constexpr(13)
@@ -191,16 +190,22 @@ def _step(j, base, p, acc, top, total, full_from, full_to, loop_args, mask_args,
     pass_by(TURN + (cid + 1) % NC, 256)
     scores = warpgroup_mma_wait(1, deps=(s_future,))
     scores = _scores(scores, j, full_from, full_to, mask_args, SOFTCAP)
-    weights, top, sums, shrink = softmax(scores, top, score_scale)
-    own_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
-    total = total * gl.convert_layout(shrink, own_rows, assert_trivial=True)[:, None] + sums
-    # k was free before the softmax; said after it, this keeps the wait for P V behind it. The assembler would have that
-    # wait first, as it sees no reason not to, and the tensor cores would idle through every softmax.
-    pass_after(total, K_FREE + stage, NC * 128 + 32)
+    weights, sums = weights_of(scores, top, score_scale)
+    over = exceeded(sums, CHECK + cid)
     acc = warpgroup_mma_wait(0, deps=(o_future,))
     pass_by(V_FREE + older, NC * 128 + 32)
-    acc = rescaled(acc, gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None])
-    return gl.convert_layout(weights.to(v_s.dtype), p_layout), acc, top, total
+    p = gl.convert_layout(rounded(weights, v_s), p_layout)
+    if over != 0:  # the keys are still held
+        again = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(again,))
+        scores = _scores(scores, j, full_from, full_to, mask_args, SOFTCAP)
+        weights, top, sums, shrink = softmax(scores, top, score_scale)
+        p = gl.convert_layout(rounded(weights, v_s), p_layout)
+        own_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+        total = total * gl.convert_layout(shrink, own_rows, assert_trivial=True)[:, None]
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+    pass_by(K_FREE + stage, NC * 128 + 32)
+    return p, acc, top, total + sums
 
 
 @gluon.jit
@@ -216,10 +221,10 @@ def _walk(n, base, full_from, full_to, loop_args, mask_args, cid: gl.constexpr, 
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc = gl.zeros([ROWS, D], gl.float32, layout=o_layout)
     top = gl.full([ROWS], FLOOR, gl.float32, layout=s_rows)
+    zero = gl.zeros([ROWS, BN], gl.float32, layout=s_layout)
     stage = base % STAGES
     mbarrier.wait(k_full.index(stage), base // STAGES & 1)
     meet(TURN + cid, 256)
-    zero = gl.zeros([ROWS, BN], gl.float32, layout=s_layout)
     s_future = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     pass_by(TURN + (cid + 1) % NC, 256)
     scores = warpgroup_mma_wait(0, deps=(s_future,))
@@ -344,6 +349,7 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
     `section` heads are worked on at a time. score_scale is scale * log2(e), or softcap * log2(e) with SOFTCAP, whose
     `bend` is 2 * scale * log2(e) / softcap. REGISTERS: of a consumer's thread.
     """
+    declare_exceeded()
     dtype: gl.constexpr = q_desc.dtype
     wide: gl.constexpr = gl.float32 if MERGE else out_desc.dtype
     # The next tile's queries come in while this one's are multiplied. Two consumers have these in registers, which also

@@ -53,17 +53,3 @@ def pass_by(number, threads):
     gl.inline_asm_elementwise(
         "bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,r", [number, threads], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def pass_after(sums, number, threads):
-    """`pass_by` that cannot come before ``sums`` are known, of the two rows of a thread; none of them is below -1."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p, q; .reg .b32 n; setp.lt.f32 p, $2, 0fBF800000; setp.lt.or.f32 q, $3, 0fBF800000, p; "
-        "selp.b32 n, 0, $4, q; bar.arrive n, $6; mov.b32 $0, 0; mov.b32 $1, 0; }",
-        "=r,=r,r,r,r,r,r,r",
-        [sums, number, threads],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=2,
-    )

@@ -232,8 +232,9 @@ def pass_by(number: Any, threads: int) -> None:
     warps.block.named.arrive(int(number), threads, warps.threads)
 
 
-def pass_after(sums: Value, number: Any, threads: int) -> None:
-    pass_by(number, threads)
+def exceeded(sums: Value, number: Any) -> int:
+    meet(number, 128)
+    return int(not bool((sums <= 2**12).all()))
 
 
 def _wait_turn(at: Pointer, turn: Any) -> None:
@@ -356,13 +357,14 @@ REPLACED: dict[str, Any] = {
     "warpgroup_mma_wait": warpgroup_mma_wait,
     "meet": meet,
     "pass_by": pass_by,
-    "pass_after": pass_after,
     "barriers": Barriers,
     "_wait_turn": _wait_turn,
     "_pass_turn": _pass_turn,
     "_rounded": _rounded,
     "_once": lambda x: x,
-    "rescaled": lambda acc, shrink: acc * shrink,
+    "declare_exceeded": lambda: None,
+    "exceeded": exceeded,
+    "rounded": lambda x, like: x.to(like.dtype),
     "_column_layout": _no_layout,
     "reinterpret": reinterpret,
     "as_block": as_block,

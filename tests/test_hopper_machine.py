@@ -106,7 +106,10 @@ def test_faults_are_found(machine, fault):  # type: ignore[no-untyped-def]
         require_good_often(machine, Case(queries=260, keys=400, mask="full", heads=1, kv_heads=1))
 
 
-def test_sums_that_stay_while_maxima_grow_are_found(machine):  # type: ignore[no-untyped-def]
+def test_a_maximum_that_is_not_followed_well_is_found(machine):  # type: ignore[no-untyped-def]
     names = hopper_language.names_of("ringspan.kernels.hopper_forward")
-    with mock.patch.dict(names, rescaled=lambda acc, shrink: acc), pytest.raises(AssertionError, match="'out'"):
-        require_good(machine, GROWING, 0)
+    softmax, ones = names["softmax"], torch.ones(64)
+    faults = {"softmax": lambda *given: (*softmax(*given)[:3], ones), "exceeded": lambda sums, number: 0}
+    for (name, broken), case in zip(faults.items(), (GROWING, CASES["window"]), strict=True):
+        with mock.patch.dict(names, {name: broken}), pytest.raises(AssertionError, match="'out'"):
+            require_good(machine, case, 0)
