@@ -150,11 +150,11 @@ def test_seconds_are_work_over_rates():
     job = a_job(LARGE, 64, 8192)
     found = step_seconds(job, H100)
     pairs, flops = 8192 * 8193 / 2, 2 * job.layer_parameters * 32 * 8192
-    assert found["attention"] == pytest.approx(4 * 4096 * pairs * 32 * (1 / 620e12 + 2.5 / 520e12))
+    assert found["attention"] == pytest.approx(4 * 4096 * pairs * 32 * (1 / 640e12 + 2.5 / 600e12))
     assert found["matrices"] == pytest.approx(3 * flops / 650e12)
     assert found["ring"] == found["offload"] == found["gradients"] == 0
     again = step_seconds(replace(job, policy=Policy(activations=ALL)), H100)
-    assert again["attention"] - found["attention"] == pytest.approx(4 * 4096 * pairs * 32 / 620e12)
+    assert again["attention"] - found["attention"] == pytest.approx(4 * 4096 * pairs * 32 / 640e12)
     assert 1 < again["matrices"] / found["matrices"] < 4 / 3
     assert step_seconds(replace(job, policy=Policy(activations=ATTENTION)), H100)["attention"] == found["attention"]
     plain = step_seconds(replace(job, policy=Policy(compiler=None)), H100)
