@@ -141,9 +141,11 @@ def test_bf16_model_is_near_the_fp64_one():
 
 
 def test_rotary_positions_are_exact_at_a_million_tokens():
-    cos, _ = Rope(8, 10_000.0)(torch.tensor([[1_000_000]]), torch.float32)
-    expected = [math.cos(1e6 * 10_000.0 ** (-i / 8)) for i in range(0, 8, 2)]
-    torch.testing.assert_close(cos[0, 0, 0], torch.tensor(expected), rtol=0, atol=1e-7)
+    cos, sin = (x[0, 0, 0] for x in Rope(8, 10_000.0)(torch.tensor([[1_000_000]]), torch.float32))
+    angles = [1e6 * 10_000.0 ** (-i / 8) for i in range(0, 8, 2)]
+    torch.testing.assert_close(cos, torch.tensor([math.cos(x) for x in angles] * 2), rtol=0, atol=1e-7)
+    signed = [sign * math.sin(x) for sign in (-1, 1) for x in angles]
+    torch.testing.assert_close(sin, torch.tensor(signed), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ the same function of the same tensors, so every policy gives the same gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, cast
@@ -126,15 +125,20 @@ class Run:
         self.results: list[Tensor] | None = None  # what they give in a first one; None: nobody will ask
 
     def __call__(self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return cast(Tensor, _Layer.apply(self, torch.is_grad_enabled(), x, cos, sin, *weights))
+        if not torch.is_grad_enabled():
+            return self.forward(x, cos, sin, weights)[0]
+        return cast(Tensor, _Layer.apply(self, x, cos, sin, *weights))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, w: LayerWeights) -> tuple[Tensor, Kept]:
         packed, (q, k, v) = self._queries(x, cos, sin, w)
-        once = Once(self.operators, self.known)
-        with once if self.operators else nullcontext():  # costs each operation inside some us
+        attended: tuple[Tensor, ...] = ()
+        if self.operators:  # inside, each operation costs some us
+            with Once(self.operators, self.known) as once:
+                out = self.attend(q, k, v)
+            self.known, attended = None, tuple(once.results)
+        else:
             out = self.attend(q, k, v)
         del q, k, v
-        self.known, attended = None, tuple(once.results)
         if self.results is not None:
             self.results += attended
         if self.keeps is Activations.keep and not self.tile:
@@ -203,11 +207,9 @@ class Run:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run, needed, x, cos, sin, *weights):  # type: ignore[no-untyped-def]
+    def forward(ctx, run, x, cos, sin, *weights):  # type: ignore[no-untyped-def]
         # Detached: to torch.compile what needs a gradient is another kind of tensor, to be compiled for once more.
         y, kept = run.forward(x.detach(), cos, sin, LayerWeights(*weights))
-        if not needed:
-            return y
         tensors = [*kept[:4], *kept.attended]
         ctx.run, ctx.waiting = run, None
         if run.memory is not None:
@@ -228,7 +230,7 @@ class _Layer(torch.autograd.Function):
         x, packed, middle, wide, *attended = tensors
         kept = Kept(x, packed, middle, wide, tuple(attended))
         dx, gradients = ctx.run.backward(dy, kept, cos, sin, weights)
-        return None, None, dx, None, None, *gradients
+        return None, dx, None, None, *gradients
 
 
 class Once(TorchDispatchMode):

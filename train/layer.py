@@ -7,7 +7,7 @@ ZeRO-3, and nothing is traced twice.
 Shapes: B rows, S tokens of this rank, H query heads, K key-value heads, D head dim, E = dim, M = mlp_dim.
   x, y (B, S, E): what comes into a layer and goes out      packed (B, S, (H + 2 K) D): q, k, v as projected
   q (B, S, H, D), k, v (B, S, K, D), out (B, S, H, D): around attention       middle (B, S, E): x + attention
-  wide (B, S, 2 M): SwiGLU's gate and value                 cos, sin (B, S, 1, D / 2)
+  wide (B, S, 2 M): SwiGLU's gate and value                 cos, sin (B, S, 1, D): see `rotate`
 Matrix products are in the weights' dtype; everything between them in fp32 (fp64 for fp64), rounded once.
 """
 
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 def project(x: Tensor, w: LayerWeights, sizes: Sizes) -> Tensor:
     """packed"""
-    return norm(x, w.attention_norm, sizes.eps) @ w.qkv.T
+    return F.linear(norm(x, w.attention_norm, sizes.eps), w.qkv)
 
 
 def turn(packed: Tensor, cos: Tensor, sin: Tensor, w: LayerWeights, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -55,15 +55,15 @@ def turn(packed: Tensor, cos: Tensor, sin: Tensor, w: LayerWeights, sizes: Sizes
 
 def unpack(packed: Tensor, sizes: Sizes) -> list[Tensor]:
     """q, k, v as projected: views."""
-    heads = packed.unflatten(-1, (-1, sizes.head_dim))
+    heads = packed.view(*packed.shape[:-1], -1, sizes.head_dim)
     return list(heads.split((sizes.heads, sizes.kv_heads, sizes.kv_heads), dim=2))
 
 
 def finish(x: Tensor, out: Tensor, w: LayerWeights, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """(y, middle, wide)"""
-    middle = x + out.flatten(2) @ w.attention_out.T
-    wide = norm(middle, w.mlp_norm, sizes.eps) @ w.gate_and_value.T
-    return middle + swiglu(wide) @ w.mlp_out.T, middle, wide
+    middle = x + F.linear(out.flatten(2), w.attention_out)
+    wide = F.linear(norm(middle, w.mlp_norm, sizes.eps), w.gate_and_value)
+    return middle + F.linear(swiglu(wide), w.mlp_out), middle, wide
 
 
 def finish_backward(
@@ -74,10 +74,10 @@ def finish_backward(
     dmiddle is the gradient of x too, as far as it does not come through attention.
     """
     if middle is None:
-        middle = x + out.flatten(2) @ w.attention_out.T
+        middle = x + F.linear(out.flatten(2), w.attention_out)
     normed = norm(middle, w.mlp_norm, sizes.eps)
     if wide is None:
-        wide = normed @ w.gate_and_value.T
+        wide = F.linear(normed, w.gate_and_value)
     hidden, dwide = swiglu_backward(dy @ w.mlp_out, wide)
     dmlp_out = weight_gradient(dy, hidden)
     dgate_and_value = weight_gradient(dwide, normed)
@@ -105,7 +105,7 @@ def project_backward(
     dq, dk = (rotate(d, cos, -sin) for d in (dq, dk))  # a turn's transpose is the turn back
     dq_norm = dk_norm = None
     if w.q_norm is not None and w.k_norm is not None:
-        q, k, _ = unpack(normed @ w.qkv.T if packed is None else packed, sizes)
+        q, k, _ = unpack(F.linear(normed, w.qkv) if packed is None else packed, sizes)
         dq, dq_norm = norm_backward(dq, q, w.q_norm, sizes.eps)
         dk, dk_norm = norm_backward(dk, k, w.k_norm, sizes.eps)
     dpacked = torch.cat([d.to(x.dtype) for d in (dq, dk, dv)], dim=2).flatten(2)
@@ -129,9 +129,9 @@ def norm_backward(dy: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, S, heads, D) turned by its position's angles."""
-    a, b = x.chunk(2, dim=-1)  # products with cos and sin are as wide as those
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """x (B, S, heads, D) turned by its position's angles, numbers i and i + D / 2 as a pair: of cos both halves are the
+    same, sin's first is negative. Five operations, which is what the host's time of a decoded token is made of."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)  # products are as wide as cos and sin
 
 
 def swiglu(wide: Tensor) -> Tensor:

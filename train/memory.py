@@ -163,7 +163,7 @@ def ring_bytes(job: Job) -> float:
 
 def input_bytes(job: Job) -> float:
     """Tokens, labels and positions of this step and the next, cos and sin, and two spans a token and its transpose."""
-    return float(job.tokens * (2 * 3 * 8 + 4 * job.sizes.head_dim + 2 * 4 * 4))
+    return float(job.tokens * (2 * 3 * 8 + 2 * 4 * job.sizes.head_dim + 2 * 4 * 4))
 
 
 def host_bytes(job: Job) -> Parts:

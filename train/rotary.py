@@ -49,11 +49,13 @@ class Rope:
         return 0.1 * math.log(self.factor) + 1 if self.scaling is Scaling.yarn else 1.0
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (B, S, 1, head_dim / 2) in fp32, or fp64 for an fp64 model; shared by all layers.
+        """(cos, sin), each (B, S, 1, head_dim) in fp32, or fp64 for an fp64 model; shared by all layers, as what they
+        multiply: (cos, cos) and (-sin, sin) of the pairs' angles.
 
         positions: int64 (B, S)
         """
         # Angles in fp64: at a million tokens an angle in fp32 is off by up to 0.06 rad.
         angles = (positions[..., None].double() * self.frequencies(positions.device))[:, :, None]
         wide = torch.promote_types(dtype, torch.float32)
-        return (angles.cos() * self.magnitude()).to(wide), (angles.sin() * self.magnitude()).to(wide)
+        cos, sin = ((x * self.magnitude()).to(wide) for x in (angles.cos(), angles.sin()))
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
