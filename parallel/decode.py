@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.kernels.attention import accumulator, attention_forward, sink_start
-from ringspan.kernels.plan import Plan, plan
-from ringspan.kernels.spans import Spans
+from ringspan.kernels.plan import Plan
 from ringspan.parallel.gather import all_gather
 from ringspan.parallel.layout import Layout
 
@@ -69,9 +68,9 @@ class Cache:
         if window not in self.plans:
             first = self.starts if window is None else self.starts.clamp(min=self.length - window)
             lo = torch.searchsorted(self.slots, first).clamp(max=self.rows).to(torch.int32)[:, None]
-            made = plan(Spans(lo, torch.full_like(lo, self.rows)), self.rows, backward=False)
-            device = self.pairs[0][0].device
-            self.plans[window] = Plan(*(x.to(device, non_blocking=True) for x in made))  # no layer waits for the host
+            made = torch.stack((lo, torch.full_like(lo, self.rows), torch.zeros_like(lo)))  # a query is one tile
+            lo, hi, order = made.to(self.pairs[0][0].device, non_blocking=True)  # once, and no layer waits for the host
+            self.plans[window] = Plan(lo, hi, lo[:, :0], lo[:, :0], order, lo[:, :0])
         return self.plans[window]
 
     def attend(

@@ -60,7 +60,7 @@ class Generator:
         self.device = model.head.weight.device
         self.ahead = self.device.type == "cuda"  # it works on the next token while the host is told of this one
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, vocabulary: int | None = None
     ) -> Iterator[Tensor]:
@@ -71,7 +71,7 @@ class Generator:
         cache, logits = self._prefill(prompts, room=max(0, n - 1))
         yield from self.decode(cache, logits, n, sampling, vocabulary)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(
         self, cache: Cache, logits: Tensor, n: int, sampling: Sampling, vocabulary: int | None = None
     ) -> Iterator[Tensor]:
