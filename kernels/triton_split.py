@@ -133,6 +133,13 @@ def pick_splits(pairs: int, places: int, most: int) -> int:
     return next(n for n, share in enumerate(full, 1) if share >= 0.95 * max(full))
 
 
+@functools.cache
+def pick_blocks(rows: int, dim: int, element: int) -> tuple[int, int, int]:
+    """BLOCK_D, BLOCK_M, BLOCK_N, for so many rows of queries and bytes an element."""
+    block_d = max(32, triton.next_power_of_2(dim))
+    return block_d, max(16, triton.next_power_of_2(rows)), max(16, min(128, 16384 // (block_d * element)))  # 16 KiB
+
+
 def split_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor, lse: Tensor, before: Tensor | None, *,
     scale: float, softcap: float,
@@ -141,8 +148,7 @@ def split_forward(
     batch, queries, heads, dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    block_d, block_m = max(32, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(queries * group))
-    block_n = max(16, min(128, 16384 // (block_d * q.element_size())))  # 16 KiB of keys
+    block_d, block_m, block_n = pick_blocks(queries * group, dim, q.element_size())
     most = min(MAX_SPLITS, triton.cdiv(keys, BLOCKS * block_n))
     splits = pick_splits(batch * kv_heads, PROGRAMS * processors(q.get_device()), most)
     parts = (batch, kv_heads, splits, block_m)
