@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from commands import LAUNCH, exit_code
 from reference import attention_reference
 from test_parity import job, write_texts
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from ringspan.kernels import torch_backend
 from ringspan.kernels.spans import Spans
 from ringspan.parallel.attention import SequenceAttention
 from ringspan.parallel.decode import Cache
 from ringspan.parallel.layout import Layout
 from ringspan.parallel.mesh import Mesh
+from ringspan.train.activations import Activations, Policy
 from ringspan.train.data import DataConfig
 from ringspan.train.generate import Generator, Sampling, Streamed, pick
 from ringspan.train.huggingface import export
@@ -154,6 +159,49 @@ def test_settings_out_of_range_are_refused():
     for fields in ({"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             Sampling(**fields)
+
+
+class Counted(TorchFunctionMode):
+    """How often torch is called, and the most elements that it makes: slices and attributes make none."""
+
+    calls, largest = 0, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found, name = function(*args, **(kwargs or {})), function.__name__
+        self.calls += name != "__get__"
+        if isinstance(found, Tensor) and name not in ("__getitem__", "__get__"):
+            self.largest = max(self.largest, found.numel())
+        return found
+
+
+def work_of_a_token(layers: int, length: int, window: int | None) -> tuple[int, int]:
+    """What `Counted` counts for one behind a cache of so many tokens, where attention itself is for nothing."""
+
+    def nothing(q: Tensor, *_: object, out_dtype: torch.dtype, **__: object) -> tuple[Tensor, Tensor]:
+        return q.to(out_dtype), q
+
+    mesh, policy = mesh_of(1), Policy(activations=Activations.recompute)
+    config = ModelConfig(dim=8, n_layers=layers, n_heads=2, n_kv_heads=1, head_dim=4, mlp_dim=8)
+    model = GPT(config, VOCABULARY, SequenceAttention(mesh, "zigzag"), policy, dtype=torch.bfloat16)
+    cache = Cache(Layout.contiguous(length, 1), mesh.ring_group, starts=[0, length // 3], room=3)
+    for _ in range(layers):
+        cache.keep(*torch.zeros(2, 2, length, 1, 4, dtype=torch.bfloat16))
+    cache.attend = partial(cache.attend, window=window)  # type: ignore[method-assign]
+    tokens = Generator(model, mesh).decode(cache, torch.zeros(2, VOCABULARY), 4, Sampling())
+    next(tokens)
+    with mock.patch.object(torch_backend, "forward", nothing), Counted() as counted:
+        next(tokens)
+    return counted.calls, counted.largest
+
+
+def test_the_hosts_work_for_a_token_is_little_and_does_not_grow_with_the_cache(ranks):
+    """On a GPU's host an operation takes about 10 us: behind 4 rows of 128K tokens they took longer than attention."""
+    for window in (None, 50):
+        work = [ranks(1)(work_of_a_token, 1, length, window)[0] for length in (90, 9000)]
+        assert work[0] == work[1]
+        assert work[0][1] == 2 * VOCABULARY  # the logits are the largest
+    (one, _), (three, _) = (ranks(1)(work_of_a_token, layers, 90, None)[0] for layers in (1, 3))
+    assert (three - one) / 2 <= 40  # of a layer: 36, and attention's own
 
 
 def refused() -> None:
