@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from report import cells, head, put, pyplot, read, versions, write
+from report import cells, head, left_out, put, pyplot, read, versions, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -190,7 +190,7 @@ def measure(case: Case, names: list[str], rounds: int) -> dict[str, dict[str, fl
             torch.cuda.synchronize()
         except (ImportError, RuntimeError, TypeError, ValueError, AssertionError) as reason:
             running.pop(name, None)
-            print(f"  {name} left out: {type(reason).__name__}: {str(reason).splitlines()[0][:100]}", flush=True)
+            left_out(name, reason)
     check_agreement(running)
     seconds: dict[tuple[str, str], list[float]] = {}
     turns = [(name, what) for name in running for what in ("forward", "backward")]

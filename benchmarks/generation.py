@@ -2,7 +2,7 @@
 
 python benchmarks/generation.py                                 # every part: minutes on an H200
 python benchmarks/generation.py --only 'decode 131072 8'        # cases that the expression matches
-python benchmarks/generation.py --small --out /tmp/small.json   # the same at tiny sizes, on any machine
+python benchmarks/generation.py --small --out small.json        # the same at tiny sizes, on any machine
 python benchmarks/generation.py --render                        # the table anew from --out, on any machine
 
 decode   tokens/s of conf/model/1b.yaml's shape behind a cache of so many tokens a row. The cache is filled with random
@@ -41,12 +41,11 @@ from generation_parts import (
     Sizes,
     decoding,
     emptied,
-    left_out,
     one_query,
     prefill,
 )
 from omegaconf import OmegaConf
-from report import cells, head, put, read, versions, write
+from report import cells, head, left_out, put, read, versions, write
 
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.workers import process_group

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from report import left_out
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
@@ -228,7 +229,7 @@ def agrees(out: Tensor, mine: Tensor) -> bool:
 
 def our_query(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
     keys, scale, backend = k.shape[1], q.shape[3] ** -0.5, pick_backend("auto", q, k, v)
-    mask = plan(Spans.full(1, keys), keys, q.device, backward=False)
+    mask = plan(Spans.full(1, keys), keys, q.device)
     return lambda: attention_forward(q, k, v, mask, scale=scale, backend=backend)[0]
 
 
@@ -319,11 +320,6 @@ def prefill(shape: Shape, rounds: int, place: Place) -> dict[str, Found]:
 
 
 # Helpers
-
-
-def left_out(name: str, reason: BaseException) -> None:
-    first = (str(reason).splitlines() or [""])[0]
-    print(f"  {name} left out: {type(reason).__name__}: {first[:100]}", flush=True)
 
 
 def allocated(device: torch.device) -> int | None:

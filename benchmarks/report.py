@@ -38,6 +38,12 @@ def versions(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
+def left_out(name: str, reason: BaseException) -> None:
+    """Says so: a contestant or a case that is not installed, or cannot run."""
+    first = (str(reason).splitlines() or [""])[0]
+    print(f"  {name} left out: {type(reason).__name__}: {first[:100]}", flush=True)
+
+
 def pyplot() -> Any:
     try:
         matplotlib = importlib.import_module("matplotlib")

@@ -28,20 +28,16 @@ class Plan(NamedTuple):
     key_order: Tensor
 
 
-def plan(spans: Spans, keys: int, device: torch.device | None = None, *, backward: bool = True) -> Plan:
+def plan(spans: Spans, keys: int, device: torch.device | None = None) -> Plan:
     """The plan of ``spans`` over ``keys`` keys, on ``device`` (default: the spans'), without a host sync.
 
-    Without ``backward`` it serves forward passes alone, its key side is empty, and for few queries it is made of little
-    whatever the number of keys. ValueError: as of `Spans.within`.
+    ValueError: as of `Spans.within`.
     """
     spans = spans.within(keys)
     spans = spans if device is None else spans.to(device)
+    transposed = spans.transpose(keys)
     lo, hi = spans.lo.contiguous(), spans.hi.contiguous()
     query_order = _order(*_reach(lo, hi), lo[:, ::TILE])
-    if not backward:
-        none = lo[:, :0]
-        return Plan(lo, hi, none, none, query_order, none)
-    transposed = spans.transpose(keys)
     first, last = _reach(transposed.lo, transposed.hi)
     return Plan(lo, hi, transposed.lo, transposed.hi, query_order, _order(first, last, last))
 

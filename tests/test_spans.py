@@ -111,16 +111,6 @@ def test_tiles_of_a_document_are_worked_on_together(spans):
     check_order(made.key_order, made.query_lo, made.query_hi, made.query_hi[:, ends])
 
 
-def test_a_plan_without_a_backward_pass_is_the_other_ones_query_side():
-    spans = random_spans(300, 5000, torch.Generator().manual_seed(0), rows=3)
-    whole, made = plan(spans, 5000), plan(spans, 5000, backward=False)
-    for name in ("lo", "hi", "query_order"):
-        assert torch.equal(getattr(made, name), getattr(whole, name))
-    assert {x.numel() for x in (made.query_lo, made.query_hi, made.key_order)} == {0}
-    with pytest.raises(ValueError, match="keys are 0 to 9"):
-        plan(Spans.full(2, 10), 9, backward=False)
-
-
 def check_order(order: Tensor, lo: Tensor, hi: Tensor, document: Tensor) -> None:
     """Every tile once; a document's side by side, the longest first, and documents by their longest."""
     n = lo.shape[1]
