@@ -22,12 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ringspan.kernels.gluon_compat import as_block, reinterpret, tma_load, tma_store, tma_store_wait
-from ringspan.kernels.hopper_softmax import declare_exceeded, exceeded, rounded, softmax, weights_of
+from ringspan.kernels.hopper_softmax import FLOOR, declare_exceeded, exceeded, rounded, softmax, weights_of
 from ringspan.kernels.hopper_tiles import barriers, meet, pass_by, place_of, tile_range
 
 ROWS = gl.constexpr(64)  # query rows of a consumer: what one warpgroup's matrix instruction takes
-# The running maximum starts at a finite floor: exp2(-inf - floor) is 0 where exp2(-inf - -inf) would be NaN.
-FLOOR = gl.constexpr(-1.0e30)
 LN2 = gl.constexpr(0.6931471805599453)
 SLOTS = gl.constexpr(2)  # tiles of queries that are announced ahead
 FIELDS = gl.constexpr(8)  # int32 that say what a tile is, a power of two:

@@ -9,6 +9,9 @@ rescale no older sums. FlashAttention-4 goes half of the way: it looks for each 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# The running maximum starts at a finite floor: exp2(-inf - floor) is 0 where exp2(-inf - -inf) would be NaN.
+FLOOR = gl.constexpr(-1.0e30)
+
 
 @gluon.jit
 def weights_of(scores, top, score_scale):
