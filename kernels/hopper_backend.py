@@ -34,7 +34,7 @@ class ForwardConfig(NamedTuple):
     registers: int
 
 
-# By head dim. All compile to asynchronous matrix products and, by Triton 3.6 and 3.7, to zero spills
+# By head dim. All compile to asynchronous matrix products and, by Triton 3.6 to 3.8, to zero spills
 # (tests/test_hopper_ahead_of_time.py); of those, the fastest that were tried on an H100, with Triton 3.6.
 # Triton 3.9 keeps more for the whole kernel than the loading warp has room for beside 240: with a softcap, 16 bytes of
 # spills more. Those before it get the 240: at 232 their loops have the same instructions, but in another order than the
@@ -216,8 +216,8 @@ def _backward(
 def _launch(kernel: KernelInterface[Any], programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     options: dict[str, Any] = {"num_warps": 4}  # a consumer; the kernels start the others
     if SPARES_REGISTERS and kernel is forward_kernel and constants["D"] == 128:
-        # Triton 3.9 computes the addresses of a tile's products long before them: 64 bytes of spills with a softcap,
-        # which are 24 so. The backward kernel has none, and at head dim 64 its products for dv get an empty one behind
+        # Triton 3.9 computes the addresses of a tile's products long before them: 40 bytes of spills with a softcap,
+        # which are 32 so. The backward kernel has none, and at head dim 64 its products for dv get an empty one behind
         # them if told so.
         options["sched4reg"] = True
     launch(kernel, (programs,), arguments, constants, arguments[0].base.get_device(), **options)
