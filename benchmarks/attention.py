@@ -134,7 +134,9 @@ def flex(case: Case, x: Inputs) -> Pair:
     document = torch.arange(len(x.documents)).repeat_interleave(torch.tensor(x.documents)).cuda()
 
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        keep = (document[query] == document[key]) & (query >= key)
+        keep = query >= key
+        if len(x.documents) > 1:
+            keep &= document[query] == document[key]
         return keep if x.window is None else keep & (query - key < x.window)
 
     n = case.length

@@ -286,8 +286,9 @@ def backward_kernel(q_desc, dout_desc, k_desc, v_desc, stats_desc, dq_desc, dk_d
     written. stats_desc is what `statistics_kernel` made, flat. FOLD: ds carries the scale (free, but fp16 would lose
     small values), and so does delta in the statistics. n_all_heads counts kv heads times batch; `section` of them are
     worked on at a time.
-    DETERMINISTIC: tiles of keys add to a tile of dq in their order, by TURN_OF_DQ (batch, heads, tiles of queries)
-    int32, which must be zeros; else it is not touched.
+    DETERMINISTIC: tiles of keys add to a tile of dq from the last to the first, by TURN_OF_DQ (batch, heads, tiles of
+    queries) int32, which must be zeros; else it is not touched. In a causal mask the last tile that sees some queries
+    begins with them, and those before it come to them later by as many tiles: in that order nobody waits for long.
     """
     n_tiles = (n_keys + BN - 1) // BN
     n_query_tiles = (n_queries + BM - 1) // BM
@@ -297,19 +298,22 @@ def backward_kernel(q_desc, dout_desc, k_desc, v_desc, stats_desc, dq_desc, dk_d
     kv_head = flat_head % n_kv_heads
     QUERY_LO += batch.to(gl.int64) * plan_stride
     QUERY_HI += batch.to(gl.int64) * plan_stride
-    # Blocks start in the order of their number. By turns, each waits for lower tiles only: those that started before.
-    k0 = (place if DETERMINISTIC else gl.load(ORDER + batch.to(gl.int64) * order_stride + place)) * BN
+    # Blocks start in the order of their number. By turns, each waits for later tiles only: those that started before.
+    if DETERMINISTIC:
+        k0 = (n_tiles - 1 - place) * BN
+    else:
+        k0 = gl.load(ORDER + batch.to(gl.int64) * order_stride + place) * BN
     k0 = _once(k0)
     first, n, full_from, full_to = tile_range(QUERY_LO, QUERY_HI, k0, BN, BM, n_keys, n_queries)
     full_to = gl.where(k0 + BN > n_keys, 0, full_to)  # rows past the last key need the mask everywhere
-    shared_to = 0
+    shared_from = n_query_tiles
     if DETERMINISTIC:
         # A tile that nobody sees takes part with no weight, so that who adds to a tile of dq is one run of tiles: the
-        # turn comes from the tile before, if that one's queries reach so far.
+        # turn comes from the tile behind, if that one's queries begin so early.
         n = gl.maximum(_end(QUERY_HI, k0 + BN, n_keys, n_queries, BM) - first, 0)
         TURN_OF_DQ += flat_head.to(gl.int64) * kv_group * n_query_tiles
-        if k0 > 0:
-            shared_to = _end(QUERY_HI, k0, n_keys, n_queries, BM)
+        if k0 + BN < n_keys:
+            shared_from = gl.load(QUERY_LO + k0 + BN) // BM
     stats_row = flat_head * kv_group * padded
     delta_offset = _once(n_all_heads * kv_group * padded)
 
@@ -333,7 +337,7 @@ def backward_kernel(q_desc, dout_desc, k_desc, v_desc, stats_desc, dq_desc, dk_d
     load_args = (q_desc, dout_desc, k_desc, v_desc, stats_desc, q_s, dout_s, kv_s, lse_s, delta_s, kv_full, q_full,
                  dout_full, batch, kv_head, kv_group, k0, first, n, stats_row, padded, delta_offset)  # fmt: skip
     add_args = (dq_desc, dq_s, kv_s, dkv_full, dv_taken, batch, kv_head, kv_group, k0, first, n, TURN_OF_DQ,
-                n_query_tiles, shared_to)  # fmt: skip
+                n_query_tiles, shared_from)  # fmt: skip
     args = (q_s, dout_s, kv_s, ds_s, dq_s, lse_s, delta_s, bounds_s, kv_full, q_full, dout_full, dkv_full, dv_taken,
             QUERY_LO, QUERY_HI, kv_group, k0, n_keys, first, n, full_from, full_to, score_scale, bend,
             scale)  # fmt: skip

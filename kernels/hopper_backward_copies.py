@@ -50,27 +50,28 @@ def add_gradients(args, dk_desc, dv_desc, BM: gl.constexpr, BN: gl.constexpr, FR
                   DETERMINISTIC: gl.constexpr):  # fmt: skip
     """Adds dq tile by tile, and in the end takes dk and dv from the shared memory of k and v."""
     (dq_desc, dq_s, kv_s, dkv_full, dv_taken, batch, kv_head, kv_group, k0, first, n, TURNS, n_tiles,
-     shared_to) = args  # fmt: skip
+     shared_from) = args  # fmt: skip
     for c in gl.static_range(2):
         pass_by(DQ_EMPTY + c, 128 + 32)
         if n > 0:  # a consumer's first is of no tile
             meet(DQ_FULL + c, 128 + 32)
             pass_by(DQ_EMPTY + c, 128 + 32)
+    mine = k0 // BN + 2  # turns go from the last tile of keys to the first, and are never 0, with which they begin
     before = TURNS
     for group_head in range(kv_group):
         head = kv_head * kv_group + group_head
         for t in range(n):
             turn = TURNS + first + t
-            if DETERMINISTIC and first + t < shared_to:
-                _wait_turn(turn, k0 // BN)
-            _add_dq(dq_desc, dq_s, [batch, (first + t) * BM, head, 0], turn, k0 // BN, BM, kv_s.shape[2], DETERMINISTIC)
+            if DETERMINISTIC and first + t >= shared_from:
+                _wait_turn(turn, mine)
+            _add_dq(dq_desc, dq_s, [batch, (first + t) * BM, head, 0], turn, mine, BM, kv_s.shape[2], DETERMINISTIC)
             if DETERMINISTIC:
                 if group_head + t > 0:  # the turn of the tile before: its sums, unlike these, are there by now
-                    _pass_turn(before, k0 // BN + 1, 2)
+                    _pass_turn(before, mine - 1, 2)
                 before = turn
         TURNS += n_tiles
     if DETERMINISTIC and n > 0:
-        _pass_turn(before, k0 // BN + 1, 0)
+        _pass_turn(before, mine - 1, 0)
     if dk_desc.dtype != gl.float32 or FRESH or n > 0:
         _store_dk_dv(dk_desc, dv_desc, kv_s, dkv_full, dv_taken, batch, k0, kv_head, FRESH)
 
@@ -96,7 +97,7 @@ def _store_dk_dv(dk_desc, dv_desc, kv_s, dkv_full, dv_taken, batch, k0, kv_head,
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_s, where, turn, tile_of_keys, BM: gl.constexpr, D: gl.constexpr, DETERMINISTIC: gl.constexpr):
+def _add_dq(dq_desc, dq_s, where, turn, mine, BM: gl.constexpr, D: gl.constexpr, DETERMINISTIC: gl.constexpr):
     """What both consumers have of a tile of dq: half of its queries, or of its dims, or of its sum if it is 64 x 64."""
     SUMS: gl.constexpr = BM * D == ROWS * ROWS
     for c in gl.static_range(2):
@@ -106,7 +107,7 @@ def _add_dq(dq_desc, dq_s, where, turn, tile_of_keys, BM: gl.constexpr, D: gl.co
         tma_store_wait(0)
         pass_by(DQ_EMPTY + c, 128 + 32)
         if DETERMINISTIC and SUMS and c == 0:
-            _pass_turn(turn, tile_of_keys, 0)  # still this block's: the second is added once the first is there
+            _pass_turn(turn, mine, 0)  # still this block's: the second is added once the first is there
 
 
 @gluon.jit

@@ -85,7 +85,7 @@ def error(got: Tensor, want: Tensor, eps: float) -> float:
     if not difference.isfinite().all():
         return float("inf")
     # The floor is for gradients that are 0 but for cancellation: of a query with one key, say.
-    rms = difference.square().mean().sqrt() / want.square().mean().sqrt().clamp(min=0.01)
+    rms = difference.square().mean().sqrt() / want.square().mean().sqrt().clamp(min=0.02)
     return max(rms.item(), difference.abs().max().item() / max(1.0, want.abs().max().item()) / 8) / eps
 
 
