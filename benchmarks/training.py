@@ -5,6 +5,7 @@ python benchmarks/training.py --only '1b 65536 .* keep$' --peers fsdp2
 python benchmarks/training.py --case 1b 65536 keep optim.name=muon --peers
 python benchmarks/training.py --together --case 1b 65536 keep --case 1b 65536 recompute    # sooner done: one process
 python benchmarks/training.py --render                               # table and plots anew from --out, on any machine
+python benchmarks/training.py --budget                               # and what the budget says now, where data is here
 
 Each contestant of a case trains in processes of its own, one case after the other. Ours is launch/train.py itself, on
 the standard library's text with data.cross_document=true, ended after --steps steps. With --together it is that loop
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
-from report import cells, head, put, pyplot, read, versions, write
+from report import cells, head, left_out, put, pyplot, read, versions, write
 
 from ringspan.train.budget import Budget, Machine, budget, job_of
 from ringspan.train.config import TrainConfig, typed
@@ -193,10 +194,10 @@ def peer(
     """Rates with the first of ``tries``, policies of activations, that fits."""
     tried: dict[str, Any] = {}
     for activations in tries:
-        told = {"model": asdict(config.model), "vocab_size": vocab_size, "seq_len": case.seq_len, "steps": steps}
-        told |= {"activations": activations, "cuda": torch.cuda.is_available()}
+        asked = {"model": asdict(config.model), "vocab_size": vocab_size, "seq_len": case.seq_len, "steps": steps}
+        asked |= {"activations": activations, "cuda": torch.cuda.is_available()}
         start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={case.gpus}", "--standalone"]
-        command = [*start, str(ROOT / "benchmarks" / "training_peers.py"), name, json.dumps(told)]
+        command = [*start, str(ROOT / "benchmarks" / "training_peers.py"), name, json.dumps(asked)]
         try:
             run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
         except subprocess.TimeoutExpired:
@@ -232,21 +233,39 @@ def peak() -> float:
 
 
 def measure(case: Case, found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    config = configured(case)
-    vocab_size = config.model.vocabulary(load_tokenizer(config.data.tokenizer).vocab_size)
-    expected = predicted(case, config, vocab_size)
+    config, vocab_size = configured_sizes(case)
     row: dict[str, Any] = {**case._asdict(), "more": list(case.more), "ours": found}
-    row["budget"] = {
+    row["budget"] = told(case, predicted(case, config, vocab_size))
+    wanted = arguments.peers if case.policy == "keep" and not arguments.together else []
+    how = {"tries": arguments.peers_try, "steps": arguments.steps, "limit": arguments.limit}
+    row["peers"] = {name: peer(name, case, config, vocab_size, **how) for name in wanted}
+    return row
+
+
+def configured_sizes(case: Case) -> tuple[TrainConfig, int]:
+    """(its configuration, rows of its vocabulary)."""
+    config = configured(case)
+    return config, config.model.vocabulary(load_tokenizer(config.data.tokenizer).vocab_size)
+
+
+def told(case: Case, expected: Budget) -> dict[str, Any]:
+    return {
         "step_seconds": round(expected.seconds_a_step, 4),
         "utilisation": None if case.slice else round(expected.utilisation, 4),
         "peak_gib": round(expected.gpu_gib, 2),
         "parts_gib": {name: round(size, 3) for name, size in expected.gpu.items()},
         "parts_seconds": {name: round(seconds, 4) for name, seconds in expected.seconds.items()},
     }
-    wanted = arguments.peers if case.policy == "keep" and not arguments.together else []
-    how = {"tries": arguments.peers_try, "steps": arguments.steps, "limit": arguments.limit}
-    row["peers"] = {name: peer(name, case, config, vocab_size, **how) for name in wanted}
-    return row
+
+
+def told_anew(report: dict[str, Any]) -> None:
+    """What the budget says now. Where documents are apart it has to see them: a row whose data is not here stays."""
+    for row in report["cases"]:
+        case = Case(**{name: row[name] for name in Case._fields} | {"more": tuple(row["more"])})
+        try:
+            row["budget"] = told(case, predicted(case, *configured_sizes(case)))
+        except ValueError as reason:
+            left_out(str(case), reason)
 
 
 def machine() -> dict[str, Any]:
@@ -330,8 +349,13 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="ours alone, all cases in one process")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "training.json")
     parser.add_argument("--render", action="store_true")
+    parser.add_argument("--budget", action="store_true", help="write its columns anew too")
     arguments = parser.parse_args()
-    if arguments.render:
+    if arguments.budget:
+        report = json.loads(arguments.out.read_text())
+        told_anew(report)
+        write(arguments.out, report)
+    if arguments.render or arguments.budget:
         return render(arguments.out)
     chosen = [case for case in cases(torch.cuda.device_count()) if re.search(arguments.only, str(case))]
     if arguments.case:
@@ -344,8 +368,8 @@ def main() -> None:
     results = together(chosen, arguments.steps, arguments.limit) if arguments.together else one_by_one
     for case, found in zip(chosen, results, strict=True):
         row = measure(case, found, arguments)
-        told = {name: shown(found) for name, found in (("ours", row["ours"]), *row["peers"].items())}
-        print(f"{case}: {told}; budget {off(row, 'peak_gib')} GiB, {off(row, 'step_seconds')} s", flush=True)
+        beside = {name: shown(found) for name, found in (("ours", row["ours"]), *row["peers"].items())}
+        print(f"{case}: {beside}; budget {off(row, 'peak_gib')} GiB, {off(row, 'step_seconds')} s", flush=True)
         put(report, row, Case._fields)
         write(arguments.out, report)
     render(arguments.out)

@@ -40,20 +40,20 @@ class Machine:
     name: str = "h100"  # of the chip; "cpu" makes it one
     peak_tflops: float = 989.0  # dense bf16 of the data sheet, which utilisation is of
     matrix_tflops: float = 650.0  # products of a layer's sizes
-    attention_tflops: float = 640.0  # forward, an attended FLOP
-    attention_backward_tflops: float = 600.0  # an attended FLOP, of 2.5 times as many
+    attention_tflops: float = 690.0  # forward, an attended FLOP
+    attention_backward_tflops: float = 615.0  # an attended FLOP, of 2.5 times as many
     memory_gb_s: float = 2600.0  # what elementwise kernels read and write
     gpu_memory_gib: float = 79.1  # torch.cuda.mem_get_info's total
     outside_gib: float = 1.0  # of it, CUDA's context and NCCL, which the allocator does not see
     unused: float = 0.04  # of the rest, what fragments leave unused
     gpus: int = 8  # of a host
     host_memory_gib: float = 1024.0  # of a host, shared by its GPUs
-    host_gb_s: float = 25.0  # of a GPU's share of the host's memory, which an optimizer there reads and writes
+    host_gb_s: float = 40.0  # of a GPU's share of the host's memory, which an optimizer there reads and writes
     copy_gb_s: float = 45.0  # between a GPU and pinned host memory
     wire_gb_s: float = 364.0  # between two GPUs of a host
     network_gb_s: float = 40.0  # between hosts, a GPU
     hop_seconds: float = 60e-6  # lost at each step of a ring, a layer and pass
-    layer_seconds: float = 150e-6  # lost between kernels, a layer and pass
+    layer_seconds: float = 450e-6  # lost between kernels, a layer and pass
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

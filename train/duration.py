@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ringspan.train.budget import Job, Machine
 
 BACKWARD = 2.5  # of attention's forward FLOPs
+ORTHOGONAL = 0.7  # of the rate, Muon's chains of products, with all between them: 1B, an H100
 UNFUSED = 10  # times the bytes without torch.compile, as each operation reads and writes fp32: 1B, 32K tokens, an H200
 
 
@@ -40,10 +41,13 @@ def layer_seconds(job: Job, machine: Machine) -> dict[str, float]:
     passes = 2 + recomputes + segments
     # Elements that norms, rotations, SwiGLU and residuals read and write: forward, and 1.5 times that in backward
     touched = (8 * m.dim + 2 * (q + 2 * kv) + 3 * m.mlp_dim) * (1 if policy.compiler else UNFUSED)
+    # Gradients of weights are added up in fp32, tile by tile: each is written, read, and its sum read and written
+    summed = -(-t // policy.mlp_tile) * (8 + 2 * job.element) if policy.mlp_tile else 0
+    moved = job.element * touched * t * (passes + 0.5) + summed * (job.layer_parameters - frozen)
     return {
         "matrices": 2 * products * t * n / (machine.matrix_tflops * 1e12),
         "attention": attending * runs + backward,
-        "elementwise": job.element * touched * t * n * (passes + 0.5) / (machine.memory_gb_s * 1e9),
+        "elementwise": n * moved / (machine.memory_gb_s * 1e9),
         "ring": n * ring_seconds(job, machine, (attending / n, backward / n), runs),
         "between kernels": n * passes * machine.layer_seconds,
     }
@@ -112,6 +116,6 @@ def muon_seconds(job: Job, machine: Machine) -> float:
     flops = 2 * ITERATIONS * job.sizes.n_layers * sum(2 * n * n * m + n**3 for n, m in sides)
     there_and_back = 2 * job.element * job.by_muon / ranks
     wire = (machine.wire_gb_s if job.world <= machine.gpus else machine.network_gb_s) * 1e9
-    seconds = flops / ranks / (machine.matrix_tflops * 1e12)
+    seconds = flops / ranks / (ORTHOGONAL * machine.matrix_tflops * 1e12)
     seconds += there_and_back / wire if job.zero == 3 and job.world > 1 else 0.0
     return seconds + (there_and_back / (machine.copy_gb_s * 1e9) if job.offload_optimizer else 0.0)
