@@ -12,6 +12,7 @@ import gzip
 import heapq
 import json
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from ringspan.parallel.parts import PREFIX, part
 from ringspan.train.agree import of_every_rank
 from ringspan.train.files import why, write_json
+from ringspan.train.memory_picture import draw
 from ringspan.train.profile_parts import PARTS
 
 HOST_WORKS = {"data", "optimizer"}  # parts in which the host computes itself, where the device waits for it
@@ -44,7 +46,7 @@ class Profile(NamedTuple):
 class Profiler:
     """Profiles the ``steps`` of a run into ``run_dir``/profile, on all ranks: step-N.json has the seconds by part, and
     step-N-rankR has the trace (.trace.json.gz, for https://ui.perfetto.dev) and, on CUDA, the allocator's history
-    (.memory.pickle, for https://pytorch.org/memory_viz). ``say`` is told what was found."""
+    (.memory.svg, a picture, and .memory.pickle, for https://pytorch.org/memory_viz). ``say`` is told what was found."""
 
     def __init__(self, steps: Sequence[int], run_dir: str, device: torch.device, say: Callable[[str], None]) -> None:
         self.steps, self.folder, self.device, self.say = set(steps), Path(run_dir, "profile"), device, say
@@ -96,9 +98,16 @@ class Profiler:
         try:
             yield
         finally:
-            with suppress(OSError):
-                torch.cuda.memory._dump_snapshot(f"{path}.memory.pickle")
+            snapshot = torch.cuda.memory._snapshot()
             torch.cuda.memory._record_memory_history(None)
+            with suppress(OSError):
+                Path(f"{path}.memory.pickle").write_bytes(pickle.dumps(snapshot))
+                draw(
+                    snapshot,
+                    torch.cuda.current_device(),
+                    f"{path.name}, by who asked for it",
+                    Path(f"{path}.memory.svg"),
+                )
 
     def _tell(self, number: int, name: str, every: list[tuple[Profile | None, str | None]]) -> None:
         problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(every) if problem]
