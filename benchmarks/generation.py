@@ -160,13 +160,17 @@ def query_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def parity_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["## Two layers of Transformers' models: largest difference of logits / norm of that of gradients", ""]
-    lines += ["From eager in bf16, and from eager in fp32. There is no SDPA where scores have softcaps or sinks.", ""]
+    lines += [
+        "From eager in bf16, and from eager in fp32; the mean of so many draws of weights and tokens. There is no"
+    ]
+    lines += ["SDPA where scores have softcaps or sinks.", ""]
     columns = ["ours from eager", "sdpa from eager", "ours from fp32", "sdpa from fp32", "eager from fp32"]
-    lines.append(head(["model", *columns]))
+    lines.append(head(["model", "draws", *columns]))
     for row in rows:
         found = {"ours": row["ours"], **row["peers"]}
         pairs = [("ours", ""), ("sdpa", ""), ("ours", "wide_"), ("sdpa", "wide_"), ("eager", "wide_")]
-        lines.append(cells([row["sizes"], *(shown_difference(found.get(name), kind) for name, kind in pairs)]))
+        draws = str(found["ours"].get("draws", 1))
+        lines.append(cells([row["sizes"], draws, *(shown_difference(found.get(name), kind) for name, kind in pairs)]))
     return lines
 
 

@@ -236,7 +236,8 @@ def measure(case: Case, found: dict[str, Any], arguments: argparse.Namespace) ->
     config, vocab_size = configured_sizes(case)
     row: dict[str, Any] = {**case._asdict(), "more": list(case.more), "ours": found}
     row["budget"] = told(case, predicted(case, config, vocab_size))
-    wanted = arguments.peers if case.policy == "keep" and not arguments.together else []
+    asked = case.policy == "keep" or arguments.case
+    wanted = arguments.peers if asked and not arguments.together else []
     how = {"tries": arguments.peers_try, "steps": arguments.steps, "limit": arguments.limit}
     row["peers"] = {name: peer(name, case, config, vocab_size, **how) for name in wanted}
     return row
