@@ -323,19 +323,18 @@ def over(row: dict[str, Any], name: str) -> str:
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     if (plt := pyplot()) is None:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
-    names = dict.fromkeys((row["model"], row["gpus"], row["policy"]) for row in rows)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["seq_len"]):
+        lines.setdefault(", ".join([row["model"], f"{row['gpus']} GPUs", row["policy"], *row["more"]]), []).append(row)
     for axis, what, unit in zip(axes, ("peak_gib", "step_seconds"), ("GiB", "seconds a step"), strict=True):
-        for number, name in enumerate(names):
-            mine = sorted((r for r in rows if (r["model"], r["gpus"], r["policy"]) == name), key=lambda r: r["seq_len"])
+        for number, (label, mine) in enumerate(lines.items()):
             color, lengths = f"C{number}", [r["seq_len"] for r in mine]
             axis.plot(lengths, [r["ours"].get(what) or float("nan") for r in mine], "o", color=color)
-            label = f"{name[0]}, {name[1]} GPUs, {name[2]}"
             axis.plot(lengths, [r["budget"][what] for r in mine], "_:", color=color, markersize=12, label=label)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=unit)
     axes[0].set_title("dots: measured; dashes: budget")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", fontsize=7)
     figure.savefig(path, dpi=120)
 
 
