@@ -167,6 +167,8 @@ def together(chosen: list[Case], steps: int, limit: float) -> Iterator[dict[str,
                     chosen = chosen[1:]
                 elif line.strip():
                     said = line.strip()[:300]
+                    if "torch.compile" in said:  # most of the time of a case of few steps
+                        print(f"  {said}", flush=True)
             clock.cancel()
         if chosen and process.returncode:
             yield {"failed": said}
