@@ -25,7 +25,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ from generation_parts import (
     prefill,
 )
 from omegaconf import OmegaConf
-from report import cells, head, left_out, put, read, versions, write
+from report import cells, head, left_out, machine, put, read, versions, write
 
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.workers import process_group
@@ -105,17 +104,6 @@ def wanted(known: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     return [name for name in known if name not in ("ours", "copy") and re.search(arguments.peers, name)]
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    found: dict[str, str | None] = {}
-    for package in ("torch", "triton", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return {"machine": name, "dtype": "bfloat16", "versions": found}
-
-
 def render(path: Path) -> None:
     """The tables beside a report, from the report alone."""
     report = json.loads(path.read_text())
@@ -160,9 +148,9 @@ def query_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def parity_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["## Two layers of Transformers' models: largest difference of logits / norm of that of gradients", ""]
-    lines += [
+    lines.append(
         "From eager in bf16, and from eager in fp32; the mean of so many draws of weights and tokens. There is no"
-    ]
+    )
     lines += ["SDPA where scores have softcaps or sinks.", ""]
     columns = ["ours from eager", "sdpa from eager", "ours from fp32", "sdpa from fp32", "eager from fp32"]
     lines.append(head(["model", "draws", *columns]))
@@ -242,7 +230,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.small:
         sys.exit("these cases are for a GPU, and there is none; --small runs anywhere")
-    report = read(arguments.out, machine(device))
+    report = read(arguments.out, machine(device, ("torch", "triton", "transformers")))
     report["commands"].append(shlex.join(sys.argv))
     with process_group():
         place = Place(device, Mesh.create(1, 1, 1, device.type))

@@ -213,11 +213,8 @@ def one_query(sizes: Sizes, names: list[str], rounds: int, device: torch.device)
         except LEFT_OUT as reason:
             running.pop(name, None)
             left_out(name, reason)
-    taken: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name in random.sample(list(running), len(running)):
-            taken[name].append(seconds_of(running[name], device))
-    rates = {name: n_bytes * (2 if name == "copy" else 1) / statistics.median(each) for name, each in taken.items()}
+    taken = seconds_in_turn(running, rounds, device)
+    rates = {name: n_bytes * (2 if name == "copy" else 1) / seconds for name, seconds in taken.items()}
     return {
         name: {"value": rate * 1e-9, "unit": "GB/s", "of_copy": rate / rates["copy"]} for name, rate in rates.items()
     }
@@ -337,6 +334,15 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def seconds_in_turn(running: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """By contestant: the median of the rounds, each of which has all of them in another order."""
+    taken: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(rounds):
+        for name in random.sample(list(running), len(running)):
+            taken[name].append(seconds_of(running[name], device))
+    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:

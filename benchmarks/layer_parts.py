@@ -17,31 +17,30 @@ norm     RMSNorm; swiglu, rotary: as train/layer.py has them, compiled and not, 
 import argparse
 import importlib
 import json
-import random
 import re
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from generation_parts import LEFT_OUT, emptied, seconds_of
-from report import cells, head, left_out, put, read, versions, write
+from generation_parts import LEFT_OUT, emptied, seconds_in_turn
+from report import cells, head, left_out, machine, put, read, versions, write
 from torch import Tensor, nn
 from training_peers import loss_of_rows
 
 from ringspan.train import layer
 from ringspan.train.engine import import_deepspeed
 from ringspan.train.loss import cross_entropy_sum
+from ringspan.train.rotary import Rope
 
 ROOT = Path(__file__).resolve().parents[1]
 EPS = 1e-5
 TILE = 4096  # tokens that DeepSpeed's tiled logits are of
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "deepspeed")
 Run = Callable[[], Any]
 
 
@@ -88,8 +87,9 @@ def losses(case: Case, device: torch.device) -> dict[str, Callable[[], Run]]:
         return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
 
     def liger() -> Run:
-        module = importlib.import_module("liger_kernel.transformers.functional")
-        return both_ways(partial(module.liger_fused_linear_cross_entropy, target=labels, reduction="sum"), leaves)
+        return both_ways(
+            partial(liger_functions().liger_fused_linear_cross_entropy, target=labels, reduction="sum"), leaves
+        )
 
     def cut() -> Run:
         module = importlib.import_module("cut_cross_entropy")
@@ -124,20 +124,12 @@ def norms(case: Case, device: torch.device) -> dict[str, Callable[[], Run]]:
 
     def ours(norm: Any, norm_backward: Any) -> Run:
         x, gain = (leaf.detach() for leaf in leaves)
-        rounded = backward_of(norm_backward, x.dtype)
-        return lambda: (norm(x, gain, EPS), rounded(grad, x, gain, EPS))
+        return lambda: (norm(x, gain, EPS), [d.to(x.dtype) for d in norm_backward(grad, x, gain, EPS)])
 
     def liger() -> Run:
-        module = importlib.import_module("liger_kernel.transformers.functional")
-        return both_ways(partial(module.liger_rms_norm, eps=EPS, in_place=False), leaves, grad)
+        return both_ways(partial(liger_functions().liger_rms_norm, eps=EPS, in_place=False), leaves, grad)
 
-    return {"ours": lambda: ours(compiled(layer.norm, device), compiled(layer.norm_backward, device)), "liger": liger,
-            "not compiled": lambda: ours(layer.norm, layer.norm_backward)}  # fmt: skip
-
-
-def backward_of(function: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> Callable[..., list[Tensor]]:
-    """With what it gives rounded, as it is where a layer uses it."""
-    return lambda *given: [x.to(dtype) for x in function(*given)]
+    return compiled_or_not(ours, (layer.norm, layer.norm_backward), device) | {"liger": liger}
 
 
 def swiglus(case: Case, device: torch.device) -> dict[str, Callable[[], Run]]:
@@ -150,38 +142,47 @@ def swiglus(case: Case, device: torch.device) -> dict[str, Callable[[], Run]]:
         return lambda: (swiglu(x), swiglu_backward(grad, x)[1])
 
     def liger() -> Run:
-        module = importlib.import_module("liger_kernel.transformers.functional")
-        return both_ways(module.liger_swiglu, halves, grad)
+        return both_ways(liger_functions().liger_swiglu, halves, grad)
 
-    return {"ours": lambda: ours(compiled(layer.swiglu, device), compiled(layer.swiglu_backward, device)),
-            "liger": liger, "not compiled": lambda: ours(layer.swiglu, layer.swiglu_backward)}  # fmt: skip
+    return compiled_or_not(ours, (layer.swiglu, layer.swiglu_backward), device) | {"liger": liger}
 
 
 def rotaries(case: Case, device: torch.device) -> dict[str, Callable[[], Run]]:
     heads, kv_heads, dim = case.sizes
-    q, k = (normal(device, 1, case.tokens, n, dim) for n in (heads, kv_heads))
-    dq, dk = torch.randn_like(q), torch.randn_like(k)
-    angles = torch.rand(1, case.tokens, dim // 2, device=device)
-    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
-    signed = (torch.cat([-sin[..., : dim // 2], sin[..., dim // 2 :]], -1)[:, :, None], cos[:, :, None])
+    q, k = leaves = [normal(device, 1, case.tokens, n, dim) for n in (heads, kv_heads)]
+    grads = [torch.randn_like(q), torch.randn_like(k)]
+    cos, sin = Rope(dim, 500_000.0)(torch.arange(case.tokens, device=device)[None], torch.bfloat16)
 
     def ours(rotate: Any) -> Run:
-        sine, cosine = signed
-        there, back = [x.detach() for x in (q, k)], [dq, dk]
-        return lambda: ([rotate(x, cosine, sine) for x in there], [rotate(x, cosine, -sine) for x in back])
+        there = [leaf.detach() for leaf in leaves]
+        return lambda: ([rotate(x, cos, sin) for x in there], [rotate(d, cos, -sin) for d in grads])
 
     def liger() -> Run:
-        module = importlib.import_module("liger_kernel.transformers.functional")
-        leaves, grads = [q, k], [d.transpose(1, 2) for d in (dq, dk)]
+        theirs = cos.squeeze(2), torch.cat([sin.squeeze(2)[..., dim // 2 :]] * 2, dim=-1)  # without our signs
+        angles = [x.bfloat16() for x in theirs]
+        heads_first = [d.transpose(1, 2) for d in grads]
 
         def run() -> Any:
-            turned = module.liger_rope(*(x.transpose(1, 2) for x in leaves), cos.bfloat16(), sin.bfloat16())
-            return torch.autograd.grad(turned, leaves, grads)
+            turned = liger_functions().liger_rope(*(x.transpose(1, 2) for x in leaves), *angles)
+            return torch.autograd.grad(turned, leaves, heads_first)
 
         return run
 
-    return {"ours": lambda: ours(compiled(layer.rotate, device)), "liger": liger,
-            "not compiled": lambda: ours(layer.rotate)}  # fmt: skip
+    return compiled_or_not(ours, (layer.rotate,), device) | {"liger": liger}
+
+
+def liger_functions() -> Any:
+    return importlib.import_module("liger_kernel.transformers.functional")
+
+
+def compiled_or_not(
+    make: Callable[..., Run], functions: tuple[Callable[..., Any], ...], device: torch.device
+) -> dict[str, Callable[[], Run]]:
+    """Ours, of the layer's functions as they train, and as they are."""
+    return {
+        "ours": lambda: make(*(compiled(function, device) for function in functions)),
+        "not compiled": lambda: make(*functions),
+    }
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -203,14 +204,8 @@ def measure(case: Case, rounds: int, device: torch.device) -> dict[str, dict[str
             running[name] = run
         except LEFT_OUT as reason:
             left_out(name, reason)
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
-        for name in random.sample(list(running), len(running)):
-            seconds[name].append(seconds_of(running[name], device))
-    return {
-        name: {"value": 1e3 * statistics.median(found), "unit": "ms", "peak_gib": gib[name]}
-        for name, found in seconds.items()
-    }
+    seconds = seconds_in_turn(running, rounds, device)
+    return {name: {"value": 1e3 * taken, "unit": "ms", "peak_gib": gib[name]} for name, taken in seconds.items()}
 
 
 def allocated_by(run: Run, device: torch.device) -> float | None:
@@ -222,17 +217,6 @@ def allocated_by(run: Run, device: torch.device) -> float | None:
     before = torch.cuda.memory_allocated()
     run()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    found: dict[str, str | None] = {}
-    for package in ("torch", "triton", "liger-kernel", "cut-cross-entropy", "deepspeed"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {"machine": name, "dtype": "bfloat16", "versions": found}
 
 
 def render(path: Path) -> None:
@@ -279,7 +263,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not arguments.small:
         sys.exit("these cases are for a GPU, and there is none; --small runs anywhere")
-    report = read(arguments.out, machine(device))
+    report = read(arguments.out, machine(device, PACKAGES))
     report["commands"].append(shlex.join(sys.argv))
     torch.manual_seed(0)
     for case in cases(arguments.small):
@@ -287,9 +271,8 @@ def main() -> None:
             continue
         found = measure(case, arguments.rounds, device)
         row = {**case._asdict(), "sizes": list(case.sizes), "ours": found.pop("ours"), "peers": found}
-        print(
-            f"{case}: " + ", ".join(f"{k} {shown(v, row['ours'])}" for k, v in [("ours", row["ours"]), *found.items()])
-        )
+        beside = {name: shown(rate, row["ours"]) for name, rate in (("ours", row["ours"]), *found.items())}
+        print(f"{case}: {beside}", flush=True)
         put(report, row, Case._fields)
         write(arguments.out, report)
         emptied(device)

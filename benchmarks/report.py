@@ -3,8 +3,11 @@
 import importlib
 import json
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def read(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
@@ -24,6 +27,18 @@ def write(path: Path, report: dict[str, Any]) -> None:
     """To be done after each case: a run that is cut short keeps what it has."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def machine(device: torch.device, packages: Iterable[str]) -> dict[str, Any]:
+    """What a report in bf16 is of: the GPU, and the versions of what is installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"machine": name, "dtype": "bfloat16", "versions": found}
 
 
 def head(names: list[str]) -> str:
