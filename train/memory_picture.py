@@ -1,5 +1,6 @@
 """What held a GPU's memory when: the CUDA allocator's history of a step as a picture, by the code that asked for it."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,9 +71,15 @@ def _held_at_the_start(snapshot: dict[str, Any], device: int, events: Sequence[d
 
 def owner_of(frames: Sequence[dict[str, Any]]) -> str:
     """The innermost of our files, else the innermost package. ``frames``: innermost first."""
-    files = [Path(frame["filename"]) for frame in frames]
-    for file in files:
-        if file.is_relative_to(ROOT):
-            return str(file.relative_to(ROOT))
-    packages = (file.parts[file.parts.index("site-packages") + 1] for file in files if "site-packages" in file.parts)
-    return next(packages, "torch")  # what runs without Python, as most of a backward pass does
+    places = [_place(frame["filename"]) for frame in frames]
+    found = (name for names in zip(*places, strict=True) for name in names if name)
+    return next(found, "torch")  # what runs without Python, as most of a backward pass does
+
+
+@functools.cache
+def _place(filename: str) -> tuple[str | None, str | None]:
+    """(the file if it is ours, its package): a step has millions of frames, of few files."""
+    file = Path(filename)
+    if file.is_relative_to(ROOT):
+        return str(file.relative_to(ROOT)), None
+    return None, file.parts[file.parts.index("site-packages") + 1] if "site-packages" in file.parts else None
