@@ -141,8 +141,8 @@ def backward(
     """(dq, dk, dv) of ``attention_backward``, whose contract this is.
 
     dk and dv are the same bits each time. With ``deterministic`` so is dq, whose sum over tiles of keys then has a
-    fixed order, which takes 1.3 to 1.9 times as long; else tiles add as they come. By
-    default it is what ``torch.use_deterministic_algorithms`` was told.
+    fixed order, which takes 1.3 to 1.9 times as long; else tiles add as they come. By default it is what
+    ``torch.use_deterministic_algorithms`` was told.
     """
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
     empty = q.numel() == 0 or k.numel() == 0
