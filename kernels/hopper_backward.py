@@ -1,9 +1,10 @@
 """The backward pass on Hopper (sm_90): a tile of keys stays in shared memory, the queries that see it pass by.
 
 One warp loads tiles of q and dout by TMA, two warpgroups do the five matrix products, one more warp adds dq to global
-memory by TMA in fp32. All query heads of a kv head pass the same tile of keys, so dk and dv are summed in registers, in
-a fixed order. Scores are computed transposed (keys along rows): p' and ds' then are in registers what the products for
-dv and dk take (FlashAttention-3, arXiv 2407.08608), and the mask is a span of queries for each key row.
+memory by TMA in fp32; two do that where its sums have a fixed order. All query heads of a kv head pass the same tile of
+keys, so dk and dv are summed in registers, in a fixed order. Scores are computed transposed (keys along rows): p' and
+ds' then are in registers what the products for dv and dk take (FlashAttention-3, arXiv 2407.08608), and the mask is a
+span of queries for each key row.
 
 Each warpgroup owns 64 keys, and they take turns at the tensor cores, so that one does its exponentials while products
 of the other run. In its turn it issues its half of dq of the tile of queries before (dq needs ds of both, which are
@@ -171,12 +172,12 @@ def _columns(memory, cid: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _give(dq, dq_s, scale, cid: gl.constexpr, FOLD: gl.constexpr):
-    """dq to the warp that adds it up."""
+def _give(i, dq, dq_s, scale, cid: gl.constexpr, FOLD: gl.constexpr):
+    """dq of tile i to the warp that adds it up."""
     meet(DQ_EMPTY + cid, 128 + 32)
     dq_s.index(cid).permute((1, 0)).store(dq if FOLD else dq * scale)
     fence_async_shared()
-    pass_by(DQ_FULL + cid, 128 + 32)
+    pass_by(DQ_FULL + (i & 1) * 2 + cid, 128 + 32)
 
 
 @gluon.jit
@@ -197,7 +198,7 @@ def _turn(i, t_next, p, ds, dk, dv, args, cid: gl.constexpr, NEXT: gl.constexpr,
     fence_async_shared()
     dq = warpgroup_mma_wait(2, deps=(dq_future,))
     pass_by(TURN + 1 - cid, 256)  # ds is there, and the other's is read: it may have the tensor cores at the same time
-    _give(dq, dq_s, scale, cid, FOLD)
+    _give(i + 1, dq, dq_s, scale, cid, FOLD)
     dk = warpgroup_mma_wait(1, deps=(dk_future,))
     if NEXT:
         s_future = _of_keys(i + 1, products_args, cid)
@@ -251,7 +252,7 @@ def _consume(args, cid: gl.constexpr, WIDE: gl.constexpr, FRESH: gl.constexpr, S
         dq_future = _dq_product(last, kv_s, ds_s, cid)
         pass_by(TURN + 1 - cid, 256)
         dq = warpgroup_mma_wait(0, deps=(dq_future,))
-        _give(dq, dq_s, scale, cid, FOLD)
+        _give(last, dq, dq_s, scale, cid, FOLD)
         meet(KEYS_DONE, 256)
     if not FOLD:
         dk = dk * scale
@@ -341,16 +342,30 @@ def backward_kernel(q_desc, dout_desc, k_desc, v_desc, stats_desc, dq_desc, dk_d
     args = (q_s, dout_s, kv_s, ds_s, dq_s, lse_s, delta_s, bounds_s, kv_full, q_full, dout_full, dkv_full, dv_taken,
             QUERY_LO, QUERY_HI, kv_group, k0, n_keys, first, n, full_from, full_to, score_scale, bend,
             scale)  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_consume, (args, 0, dk_desc.dtype == gl.float32, FRESH, SOFTCAP, FOLD)),
-            (_consume, (args, 1, dk_desc.dtype == gl.float32, FRESH, SOFTCAP, FOLD)),
-            (load_tiles, (load_args, BM)),
-            (add_gradients, (add_args, dk_desc, dv_desc, BM, BN, FRESH, DETERMINISTIC)),
-        ],
-        [4, 1, 1],
-        [240, 24, 24],
-    )
+    # The constexprs stand in every list: a tuple bound to a name would turn them into tensors.
+    if DETERMINISTIC:
+        gl.warp_specialize(
+            [
+                (_consume, (args, 0, dk_desc.dtype == gl.float32, FRESH, SOFTCAP, FOLD)),
+                (_consume, (args, 1, dk_desc.dtype == gl.float32, FRESH, SOFTCAP, FOLD)),
+                (load_tiles, (load_args, BM)),
+                (add_gradients, (add_args, dk_desc, dv_desc, 0, BM, BN, FRESH, True)),
+                (add_gradients, (add_args, dk_desc, dv_desc, 1, BM, BN, FRESH, True)),
+            ],
+            [4, 1, 1, 1],
+            [240, 24, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (args, 0, dk_desc.dtype == gl.float32, FRESH, SOFTCAP, FOLD)),
+                (_consume, (args, 1, dk_desc.dtype == gl.float32, FRESH, SOFTCAP, FOLD)),
+                (load_tiles, (load_args, BM)),
+                (add_gradients, (add_args, dk_desc, dv_desc, 0, BM, BN, FRESH, False)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""The two warps of the backward pass on Hopper that move memory: one loads, the other adds dq and stores dk and dv."""
+"""The warps of the backward pass on Hopper that move memory: one loads, others add dq and store dk and dv."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,13 +9,13 @@ from ringspan.kernels.hopper_tiles import meet, pass_by
 
 STAGES = gl.constexpr(2)  # tiles of q and dout in flight; of dq's ds there are as many
 ROWS = gl.constexpr(64)  # keys of a consumer, and of queries and of dims of the tiles of dq
-# Named barriers, beside those that Triton uses: each consumer's turn; each stage of q and dout that is free again; each
-# consumer's dq that is there, or is taken; and keys that nobody reads any more.
+# Named barriers, beside Triton's 0 to 2: each consumer's dq that is there, of even tiles and of odd ones; its turn; each
+# stage of q and dout that is free again; keys that nobody reads any more; and each consumer's dq that is taken.
+DQ_FULL = gl.constexpr(4)
 TURN = gl.constexpr(8)
 FREE = gl.constexpr(10)
-DQ_FULL = gl.constexpr(12)
+KEYS_DONE = gl.constexpr(12)
 DQ_EMPTY = gl.constexpr(14)
-KEYS_DONE = gl.constexpr(7)
 
 
 @gluon.jit
@@ -46,68 +46,74 @@ def load_tiles(args, BM: gl.constexpr):
 
 
 @gluon.jit
-def add_gradients(args, dk_desc, dv_desc, BM: gl.constexpr, BN: gl.constexpr, FRESH: gl.constexpr,
+def add_gradients(args, dk_desc, dv_desc, me: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, FRESH: gl.constexpr,
                   DETERMINISTIC: gl.constexpr):  # fmt: skip
-    """Adds dq tile by tile, and in the end takes dk and dv from the shared memory of k and v."""
+    """Adds dq tile by tile, and in the end takes dk and dv from the shared memory of k and v.
+
+    In a fixed order two warps, `me` 0 and 1, do that for every other tile and for a consumer each: waiting for others
+    and telling others takes longer than the products of one tile.
+    """
     (dq_desc, dq_s, kv_s, dkv_full, dv_taken, batch, kv_head, kv_group, k0, first, n, TURNS, n_tiles,
      shared_from) = args  # fmt: skip
+    WARPS: gl.constexpr = 2 if DETERMINISTIC else 1
     for c in gl.static_range(2):
-        pass_by(DQ_EMPTY + c, 128 + 32)
-        if n > 0:  # a consumer's first is of no tile
-            meet(DQ_FULL + c, 128 + 32)
+        if WARPS == 1 or c == me:
+            pass_by(DQ_EMPTY + c, 128 + 32)
+    for c in gl.static_range(2):
+        if me == WARPS - 1 and n > 0:  # what a consumer gives first is of no tile: it would be the last one's before
+            meet(DQ_FULL + 2 + c, 128 + 32)
             pass_by(DQ_EMPTY + c, 128 + 32)
     mine = k0 // BN + 2  # turns go from the last tile of keys to the first, and are never 0, with which they begin
-    before = TURNS
-    for group_head in range(kv_group):
-        head = kv_head * kv_group + group_head
-        for t in range(n):
-            turn = TURNS + first + t
-            if DETERMINISTIC and first + t >= shared_from:
-                _wait_turn(turn, mine)
-            _add_dq(dq_desc, dq_s, [batch, (first + t) * BM, head, 0], turn, mine, BM, kv_s.shape[2], DETERMINISTIC)
-            if DETERMINISTIC:
-                if group_head + t > 0:  # the turn of the tile before: its sums, unlike these, are there by now
-                    _pass_turn(before, mine - 1, 2)
-                before = turn
-        TURNS += n_tiles
-    if DETERMINISTIC and n > 0:
-        _pass_turn(before, mine - 1, 0)
+    head = kv_head * kv_group
+    t = me
+    for i in range(me, kv_group * n, WARPS):
+        while t >= n:
+            t -= n
+            head += 1
+            TURNS += n_tiles
+        turn = TURNS + first + t
+        if DETERMINISTIC and first + t >= shared_from:
+            _wait_turn(turn, mine)
+        where = [batch, (first + t) * BM, head, 0]
+        _add_dq(dq_desc, dq_s, where, turn, mine, i, BM, kv_s.shape[2], DETERMINISTIC)
+        if DETERMINISTIC:
+            _pass_turn(turn, mine - 1)
+        t += WARPS
     if dk_desc.dtype != gl.float32 or FRESH or n > 0:
-        _store_dk_dv(dk_desc, dv_desc, kv_s, dkv_full, dv_taken, batch, k0, kv_head, FRESH)
+        for c in gl.static_range(2):
+            if WARPS == 1 or c == me:
+                where = [batch, k0 + c * ROWS, kv_head, 0]
+                _store_dk_dv(dk_desc, dv_desc, where, kv_s, dkv_full.index(c), dv_taken.index(c), c, FRESH)
+        tma_store_wait(0)
 
 
 @gluon.jit
-def _store_dk_dv(dk_desc, dv_desc, kv_s, dkv_full, dv_taken, batch, k0, kv_head, FRESH: gl.constexpr):
+def _store_dk_dv(dk_desc, dv_desc, where, kv_s, full, dv_taken, c: gl.constexpr, FRESH: gl.constexpr):
+    mbarrier.wait(full, 0)
     if dk_desc.dtype == gl.float32:
-        wide = reinterpret(kv_s, gl.float32, [2, ROWS, kv_s.shape[2]], gl.NVMMASharedLayout(128, 32, rank=2))
-        for c in gl.static_range(2):
-            mbarrier.wait(dkv_full.index(c), 0)
-            _store_or_add(dv_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(wide.index(c), dv_desc), FRESH)
-            tma_store_wait(0)
-            mbarrier.arrive(dv_taken.index(c), count=1)
-        for c in gl.static_range(2):
-            mbarrier.wait(dkv_full.index(c), 1)
-            _store_or_add(dk_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(wide.index(c), dk_desc), FRESH)
+        wide = reinterpret(kv_s, gl.float32, [2, ROWS, kv_s.shape[2]], gl.NVMMASharedLayout(128, 32, rank=2)).index(c)
+        _store_or_add(dv_desc, where, as_block(wide, dv_desc), FRESH)
+        tma_store_wait(0)
+        mbarrier.arrive(dv_taken, count=1)
+        mbarrier.wait(full, 1)
+        _store_or_add(dk_desc, where, as_block(wide, dk_desc), FRESH)
     else:
-        for c in gl.static_range(2):
-            mbarrier.wait(dkv_full.index(c), 0)
-            tma_store(dk_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(kv_s.index(2 * c), dk_desc))
-            tma_store(dv_desc, [batch, k0 + c * ROWS, kv_head, 0], as_block(kv_s.index(2 * c + 1), dv_desc))
-    tma_store_wait(0)
+        tma_store(dk_desc, where, as_block(kv_s.index(2 * c), dk_desc))
+        tma_store(dv_desc, where, as_block(kv_s.index(2 * c + 1), dv_desc))
 
 
 @gluon.jit
-def _add_dq(dq_desc, dq_s, where, turn, mine, BM: gl.constexpr, D: gl.constexpr, DETERMINISTIC: gl.constexpr):
+def _add_dq(dq_desc, dq_s, where, turn, mine, i, BM: gl.constexpr, D: gl.constexpr, DETERMINISTIC: gl.constexpr):
     """What both consumers have of a tile of dq: half of its queries, or of its dims, or of its sum if it is 64 x 64."""
     SUMS: gl.constexpr = BM * D == ROWS * ROWS
     for c in gl.static_range(2):
-        meet(DQ_FULL + c, 128 + 32)
+        meet(DQ_FULL + (i & 1) * 2 + c, 128 + 32)
         row = where[1] + (c * ROWS if BM > ROWS else 0)
         tma_add(dq_desc, [where[0], row, where[2], c * ROWS if D > ROWS else 0], as_block(dq_s.index(c), dq_desc))
         tma_store_wait(0)
         pass_by(DQ_EMPTY + c, 128 + 32)
         if DETERMINISTIC and SUMS and c == 0:
-            _pass_turn(turn, mine, 0)  # still this block's: the second is added once the first is there
+            _pass_turn(turn, mine)  # still this block's: the second is added once the first is there
 
 
 @gluon.jit
@@ -133,16 +139,15 @@ def _wait_turn(at, turn):
 
 
 @gluon.jit
-def _pass_turn(at, turn, PENDING: gl.constexpr):
-    """Sets the number at `at` to `turn` once what this warp added by TMA, but for the last PENDING blocks, is there."""
-    gl.inline_asm_elementwise(_pass_when(PENDING), "=r,l,r", [at, turn], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.constexpr_function
-def _pass_when(pending):
-    """Assembly: blocks are added when they are in global memory, not when they have left shared memory."""
-    return (
-        f"{{ .reg .pred one; .reg .b32 lane; cp.async.bulk.wait_group {pending}; fence.proxy.async; "
-        "bar.warp.sync 0xffffffff; mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; "
-        "@one st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2; }"
+def _pass_turn(at, turn):
+    """Sets the number at `at` to `turn` once what this warp added by TMA is there for all to see."""
+    # Blocks are there when they are in global memory, not when they have left shared memory.
+    gl.inline_asm_elementwise(
+        "{ .reg .pred one; .reg .b32 lane; cp.async.bulk.wait_group 0; fence.proxy.async; bar.warp.sync 0xffffffff; "
+        "mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; @one st.release.gpu.global.b32 [$1], $2; mov.b32 $0, $2; }",
+        "=r,l,r",
+        [at, turn],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
     )

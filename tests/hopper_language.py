@@ -139,8 +139,8 @@ def _wait_turn(at: Pointer, turn: Any) -> None:
     running_machine().running.wait(f"turn {int(turn)}", lambda: int(Language.load(at)) == int(turn))
 
 
-def _pass_turn(at: Pointer, turn: Any, pending: int) -> None:
-    tma_store_wait(pending)
+def _pass_turn(at: Pointer, turn: Any) -> None:
+    tma_store_wait(0)
     Language.store(at, turn)
 
 
