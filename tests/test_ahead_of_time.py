@@ -45,7 +45,6 @@ SPILLS = {
     "3.9": {
         (80, 192, BF16, 0.0, "forward_kernel"): 32,
         (80, 192, BF16, 0.0, "dkdv_kernel"): 32,
-        (90, 128, BF16, 0.0, "dq_kernel"): 32,
         (90, 256, BF16, 0.0, "forward_kernel"): 24,
         (90, 256, BF16, 0.0, "dkdv_kernel"): 96,
     },
