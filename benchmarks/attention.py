@@ -136,7 +136,7 @@ def flex(case: Case, x: Inputs) -> Pair:
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         keep = query >= key
         if len(x.documents) > 1:
-            keep &= document[query] == document[key]
+            keep = keep & (document[query] == document[key])  # in place it would not compile
         return keep if x.window is None else keep & (query - key < x.window)
 
     n = case.length
