@@ -7,6 +7,8 @@ fuzz 1000 7`` draws 1,000 random cases from seed 7.
 
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,35 @@ def long(head_dim: int) -> None:
     print(f"ok     {length} tokens of head dim {head_dim}: {line}")
 
 
+def alone(head_dim: int, seconds: float) -> None:
+    """Kernels of 50 to 200 ms again and again: out, lse, dk and dv are the same bits each time."""
+    case = Case(head_dim=head_dim, queries=65536, keys=65536, heads=2048 // head_dim, kv_heads=512 // head_dim)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, dout = tensors(case, generator)
+    mask = plan(MASKS["causal"](case, generator).to("cuda"), case.keys)
+    first: list[Tensor] = []
+    end, runs = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        out, lse = hopper_backend.forward(q, k, v, mask, scale=0.1, softcap=0.0, into=None, out_dtype=q.dtype)
+        _, dk, dv = hopper_backend.backward(
+            dout, q, k, v, lse, torch.zeros_like(lse), mask, scale=0.1, softcap=0.0, dq=None, dk=None, dv=None
+        )
+        torch.cuda.synchronize()
+        first = first or [out, lse, dk, dv]
+        for name, x, y in zip(("out", "lse", "dk", "dv"), (out, lse, dk, dv), first, strict=True):
+            assert torch.equal(x, y), f"head dim {head_dim}: {name} differs in run {runs}"
+        runs += 1
+    print(f"ok     {runs} runs of head dim {head_dim}")
+
+
+def shared(processes: int, seconds: float) -> int:
+    """So many processes that do this `alone` on one GPU: in turn for milliseconds each, so amid a kernel."""
+    commands = [[sys.executable, __file__, "alone", str((128, 64)[i % 2]), str(seconds)] for i in range(processes)]
+    with ExitStack() as stack:
+        running = [stack.enter_context(subprocess.Popen(command)) for command in commands]
+    return sum(one.returncode != 0 for one in running)
+
+
 def main(group: str, *arguments: str) -> int:
     """Runs a group, prints a line a case (errors in units of what rounding explains); the number of failures."""
     if group == "repeat":
@@ -90,6 +121,11 @@ def main(group: str, *arguments: str) -> int:
     if group == "long":
         long(*map(int, arguments))
         return 0
+    if group == "alone":
+        alone(int(arguments[0]), float(arguments[1]))
+        return 0
+    if group == "shared":
+        return shared(int(arguments[0]), float(arguments[1]))
     head_dim = int(group.rsplit("-", 1)[-1]) if "-" in group else 0
     if group.startswith("smoke"):
         forward_only = "forward" in group
@@ -162,6 +198,12 @@ def test_random_cases():
 def test_same_bits_again():
     needs("smoke-128", "smoke-64", "smoke-forward-128", "smoke-forward-64")
     in_process(120, "repeat", "100")
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_processes_share():
+    needs("smoke-128", "smoke-64", "smoke-forward-128", "smoke-forward-64")
+    in_process(120, "shared", "4", "20")
 
 
 @pytest.mark.gpu
