@@ -9,8 +9,8 @@ from ringspan.kernels.hopper_tiles import meet, pass_by
 
 STAGES = gl.constexpr(2)  # tiles of q and dout in flight; of dq's ds there are as many
 ROWS = gl.constexpr(64)  # keys of a consumer, and of queries and of dims of the tiles of dq
-# Named barriers, beside Triton's 0 to 2: each consumer's dq that is there, of even tiles and of odd ones; its turn; each
-# stage of q and dout that is free again; keys that nobody reads any more; and each consumer's dq that is taken.
+# Named barriers, beside Triton's 0 to 2: each consumer's dq that is there, of even tiles and of odd ones; its turn;
+# stages of q and dout that are free again; keys that nobody reads any more; and each consumer's dq that is taken.
 DQ_FULL = gl.constexpr(4)
 TURN = gl.constexpr(8)
 FREE = gl.constexpr(10)

@@ -63,8 +63,8 @@ DKDV = {
     (4, 256): Config(16, 16, 8, 1),
 }
 # sm_90 and sm_100 multiply from shared memory, of which they have 227 KiB: larger tiles fit their registers. Of those
-# without spills, the fastest of 6 to 10 tried on an H100 at 16K tokens, causal; of those for dq at head dim 128 four are
-# within 3 % in full, packed and window masks too.
+# without spills, the fastest of 6 to 10 tried on an H100 at 16K tokens, causal; for dq at head dim 128 also in full,
+# packed and window masks, where four of six are within 3 %.
 LARGE = (9, 10)
 FORWARD_LARGE = FORWARD | {(2, 256): Config(128, 64, 8, 2)}
 DQ_LARGE = DQ | {(2, 64): Config(128, 64, 4, 3), (2, 128): Config(128, 64, 8, 3)}
