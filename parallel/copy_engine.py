@@ -22,6 +22,7 @@ import os
 import socket
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -272,18 +273,18 @@ def reserved_bytes() -> int:
     return sum(buffer.numel() for buffer in buffers if buffer is not None)
 
 
-_refusals: dict[str, str | None] = {}  # by group: asked once
+_refusals: WeakKeyDictionary[dist.ProcessGroup, str | None] = WeakKeyDictionary()  # asked once
 
 
 def refusal(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Why the ranks of the group cannot write into each other's memory; None if they can. They ask together."""
     if device.type != "cuda":
         return f"no CUDA device (tensors are on {device})"
-    if group.group_name not in _refusals:
+    if group not in _refusals:
         told: list[Any] = [None] * group.size()
         dist.all_gather_object(told, _reach(device), group=group)
-        _refusals[group.group_name] = _obstacle(told)
-    return _refusals[group.group_name]
+        _refusals[group] = _obstacle(told)
+    return _refusals[group]
 
 
 def _reach(device: torch.device) -> tuple[str, str, list[str]]:

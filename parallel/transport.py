@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -137,7 +138,7 @@ def pick_transport(name: str, group: dist.ProcessGroup, device: torch.device) ->
     return "p2p" if refusal else "copy_engine"
 
 
-_agreed: set[tuple[str, Hashable]] = set()
+_agreed: WeakKeyDictionary[dist.ProcessGroup, set[Hashable]] = WeakKeyDictionary()  # a later group has the same name
 
 
 def agree(group: dist.ProcessGroup, what: dict[str, Any]) -> None:
@@ -145,8 +146,8 @@ def agree(group: dist.ProcessGroup, what: dict[str, Any]) -> None:
 
     ValueError: the ranks differ, and in what.
     """
-    key = group.group_name, tuple(what.items())
-    if key in _agreed:
+    key, agreed = tuple(what.items()), _agreed.setdefault(group, set())
+    if key in agreed:
         return
     told: list[Any] = [None] * group.size()
     try:
@@ -161,7 +162,7 @@ def agree(group: dist.ProcessGroup, what: dict[str, Any]) -> None:
         if any(value != values[0] for value in values):
             listed = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
             raise ValueError(f"{name} differs between the ranks of the ring: {listed}; all need the same")
-    _agreed.add(key)
+    agreed.add(key)
 
 
 def group_by_name(name: str) -> dist.ProcessGroup:

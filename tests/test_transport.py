@@ -265,6 +265,36 @@ def test_unlike_ranks_are_refused(ranks, what, field):
         assert f"{field} differs between the ranks of the ring: rank 0 has" in said[0]
 
 
+def begin_again(rank: int, folder: str, tell: Any) -> None:
+    """Two ranks that have agreed, and in a second process group one of which has another dtype."""
+    torch.set_num_threads(1)
+    for number in range(2):
+        store = dist.FileStore(f"{folder}/store.{number}", 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT_SECONDS))
+        group = dist.group.WORLD
+        ring_plan, (q, k, v, _) = make(64, group, 0)
+        dtype = torch.double if rank == number == 1 else torch.float
+        try:
+            ring_attention(q.to(dtype), k.to(dtype), v.to(dtype), ring_plan, group, backend="torch")
+        except (ValueError, RuntimeError) as error:
+            tell.put(str(error))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_a_later_process_group_of_the_same_name_has_agreed_on_nothing(tmp_path):
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    tell = context.SimpleQueue()
+    workers = [context.Process(target=begin_again, args=(rank, str(tmp_path), tell), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    said = [tell.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert all("q differs between the ranks of the ring: rank 0 has" in one for one in said), said
+
+
 def refusals() -> list[str]:
     mesh, said = Mesh.create(1, 2, 1), []
     for name in ("pigeon", "copy_engine"):
