@@ -15,7 +15,6 @@ import importlib
 import json
 import random
 import re
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from report import cells, head, left_out, put, pyplot, read, versions, write
+from report import begin, cells, head, left_out, put, pyplot, versions, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -315,8 +314,7 @@ def main() -> None:
         sys.exit("this compares kernels for compute capability 9.0, and there is no such device")
     names = ["hopper", *arguments.peers]
     print(f"{'dim heads length mask':<28}" + "  ".join(f"{name:^11}" for name in names))
-    report = read(arguments.out, machine())
-    report["commands"].append(shlex.join(sys.argv))
+    report = begin(arguments.out, machine())
     for case in cases():
         if not re.search(arguments.only, label(case)):
             continue

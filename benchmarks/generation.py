@@ -21,14 +21,11 @@ soon as it is done.
 import argparse
 import json
 import re
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from generation_parity import USUAL, parity
 from generation_parts import (
     DECODERS,
@@ -39,12 +36,13 @@ from generation_parts import (
     Shape,
     Sizes,
     decoding,
+    device_for,
     emptied,
     one_query,
     prefill,
 )
 from omegaconf import OmegaConf
-from report import cells, head, left_out, machine, put, read, versions, write
+from report import begin, cells, head, left_out, machine, put, versions, write
 
 from ringspan.parallel.mesh import Mesh
 from ringspan.parallel.workers import process_group
@@ -227,11 +225,8 @@ def main() -> None:
         return render(arguments.out)
     if arguments.tokens < UNMEASURED + 2:
         parser.error(f"--tokens={arguments.tokens}: must be {UNMEASURED + 2} or more, as the first do not count")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not arguments.small:
-        sys.exit("these cases are for a GPU, and there is none; --small runs anywhere")
-    report = read(arguments.out, machine(device, ("torch", "triton", "transformers")))
-    report["commands"].append(shlex.join(sys.argv))
+    device = device_for(arguments.small)
+    report = begin(arguments.out, machine(device, ("torch", "triton", "transformers")))
     with process_group():
         place = Place(device, Mesh.create(1, 1, 1, device.type))
         for case in cases(arguments.small):

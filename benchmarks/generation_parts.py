@@ -9,6 +9,7 @@ import importlib
 import itertools
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -334,6 +335,15 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def device_for(small: bool) -> torch.device:
+    """The GPU; where there is none the CPU, for ``small`` cases alone."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not small:
+        sys.exit("these cases are for a GPU, and there is none; --small runs anywhere")
+    return torch.device("cpu")
 
 
 def seconds_in_turn(running: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:

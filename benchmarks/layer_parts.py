@@ -18,8 +18,6 @@ import argparse
 import importlib
 import json
 import re
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,8 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from generation_parts import LEFT_OUT, emptied, seconds_in_turn
-from report import cells, head, left_out, machine, put, read, versions, write
+from generation_parts import LEFT_OUT, device_for, emptied, seconds_in_turn
+from report import begin, cells, head, left_out, machine, put, versions, write
 from torch import Tensor, nn
 from training_peers import loss_of_rows
 
@@ -260,11 +258,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.render:
         return render(arguments.out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not arguments.small:
-        sys.exit("these cases are for a GPU, and there is none; --small runs anywhere")
-    report = read(arguments.out, machine(device, PACKAGES))
-    report["commands"].append(shlex.join(sys.argv))
+    device = device_for(arguments.small)
+    report = begin(arguments.out, machine(device, PACKAGES))
     torch.manual_seed(0)
     for case in cases(arguments.small):
         if not re.search(arguments.only, str(case)):

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import shlex
+import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,11 +12,14 @@ from typing import Any
 import torch
 
 
-def read(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
-    """The report so far, if all that ``fresh`` says of machine and versions holds of it; else an empty one."""
+def begin(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
+    """The report so far, if all that ``fresh`` says of machine and versions holds of it, else an empty one; and with
+    this process's command."""
     report = json.loads(path.read_text()) if path.exists() else {}
-    same = all(report.get(name) == value for name, value in fresh.items())
-    return report if same else {**fresh, "commands": [], "cases": []}
+    if any(report.get(name) != value for name, value in fresh.items()):
+        report = {**fresh, "commands": [], "cases": []}
+    report["commands"].append(shlex.join(sys.argv))
+    return report
 
 
 def put(report: dict[str, Any], row: dict[str, Any], names: Iterable[str]) -> None:

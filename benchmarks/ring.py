@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import random
-import shlex
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from report import put, read, write
+from report import begin, put, write
 from ring_peers import CONTESTANTS, Case, Contestant, ours
 from ring_report import render, render_trace, where_time_goes
 from scaling import suggestions
@@ -323,9 +322,8 @@ def work(rank: int, world: int, store: str | None, arguments: argparse.Namespace
 def compare(arguments: argparse.Namespace, device: torch.device) -> None:
     wire = wire_rate(device)
     say(f"wire: {wire * 1e-9:.0f} GB/s from a neighbour")
-    report = read(arguments.out, machine())
+    report = begin(arguments.out, machine())
     report["wire_gbytes"] = digits(wire * 1e-9)
-    report["commands"].append(shlex.join(sys.argv))
     # Few bytes first: boxes never shrink, and count as memory
     for case in sorted(cases(arguments, dist.get_world_size()), key=lambda one: one.length * one.kv_heads):
         began = time.monotonic()

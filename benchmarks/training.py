@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -36,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hydra import compose, initialize_config_dir
-from report import cells, head, left_out, put, pyplot, read, versions, write
+from report import begin, cells, head, left_out, put, pyplot, versions, write
 
 from ringspan.train.budget import Budget, Machine, budget, job_of
 from ringspan.train.config import TrainConfig, typed
@@ -364,8 +363,7 @@ def main() -> None:
         chosen = [Case(model, int(n), 1, policy, tuple(more)) for model, n, policy, *more in arguments.case]
     elif not torch.cuda.is_available():
         sys.exit("these cases are for GPUs, and there is none; --case tiny 1024 keep runs anywhere")
-    report = read(arguments.out, machine())
-    report["commands"].append(shlex.join(sys.argv))
+    report = begin(arguments.out, machine())
     one_by_one = (ours(case, arguments.steps, arguments.limit) for case in chosen)
     results = together(chosen, arguments.steps, arguments.limit) if arguments.together else one_by_one
     for case, found in zip(chosen, results, strict=True):
