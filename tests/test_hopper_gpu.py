@@ -23,6 +23,11 @@ from ringspan.kernels.plan import plan
 from ringspan.kernels.spans import Spans
 
 
+def require_same_bits(found: dict[str, Tensor], first: dict[str, Tensor], where: str) -> None:
+    for name, x in found.items():
+        assert torch.equal(x, first[name]), f"{where}: {name} differs from the first run's"
+
+
 def repeat(times: int) -> None:
     """The forward pass and the deterministic backward give the same bits again and again, whatever runs first."""
     for head_dim in (128, 64):
@@ -30,7 +35,7 @@ def repeat(times: int) -> None:
         generator = torch.Generator().manual_seed(5)
         q, k, v, dout = tensors(case, generator)
         mask = plan(MASKS["packed"](case, generator).to("cuda"), case.keys)
-        first: list[Tensor] = []
+        first: dict[str, Tensor] = {}
         for i in range(times):
             out, lse = hopper_backend.forward(q, k, v, mask, scale=0.1, softcap=0.0, into=None, out_dtype=q.dtype)
             delta = torch.zeros_like(lse)
@@ -39,10 +44,9 @@ def repeat(times: int) -> None:
                 dout, q, k, v, lse, delta, mask,
                 scale=0.1, softcap=0.0, dq=dq, dk=None, dv=None, deterministic=True,
             )  # fmt: skip
-            results = [out, lse, dq, dk, dv]
-            first = first or results
-            for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), results, first, strict=True):
-                assert torch.equal(x, y), f"head dim {head_dim}: {name} differs in run {i}"
+            found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+            first = first or found
+            require_same_bits(found, first, f"head dim {head_dim}, run {i}")
         print(f"ok     {times} runs of head dim {head_dim} agree to the bit")
 
 
@@ -90,7 +94,7 @@ def alone(head_dim: int, seconds: float) -> None:
     generator = torch.Generator().manual_seed(5)
     q, k, v, dout = tensors(case, generator)
     mask = plan(MASKS["causal"](case, generator).to("cuda"), case.keys)
-    first: list[Tensor] = []
+    first: dict[str, Tensor] = {}
     end, runs = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         out, lse = hopper_backend.forward(q, k, v, mask, scale=0.1, softcap=0.0, into=None, out_dtype=q.dtype)
@@ -98,9 +102,9 @@ def alone(head_dim: int, seconds: float) -> None:
             dout, q, k, v, lse, torch.zeros_like(lse), mask, scale=0.1, softcap=0.0, dq=None, dk=None, dv=None
         )
         torch.cuda.synchronize()
-        first = first or [out, lse, dk, dv]
-        for name, x, y in zip(("out", "lse", "dk", "dv"), (out, lse, dk, dv), first, strict=True):
-            assert torch.equal(x, y), f"head dim {head_dim}: {name} differs in run {runs}"
+        found = {"out": out, "lse": lse, "dk": dk, "dv": dv}
+        first = first or found
+        require_same_bits(found, first, f"head dim {head_dim}, run {runs}")
         runs += 1
     print(f"ok     {runs} runs of head dim {head_dim}")
 

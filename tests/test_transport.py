@@ -5,8 +5,10 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
 
@@ -128,16 +130,21 @@ def lose_a_rank(rank: int, folder: str, device: str, transport: str, dies: bool,
         tell.put(str(error))
 
 
-def what_becomes_of_the_other(device: str, transport: str, dies: bool, limit: float) -> tuple[str, float]:
-    """What rank 0 says when rank 1 is lost, and the seconds until it has gone."""
+def two_processes(work: Callable[..., None], *args: Any) -> tuple[list[BaseProcess], Any]:
+    """Ranks 0 and 1, which call work(rank, *args, tell), and what is told."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed"])
+    tell = context.SimpleQueue()
+    workers = [context.Process(target=work, args=(rank, *args, tell), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    return workers, tell
+
+
+def what_becomes_of_the_other(device: str, transport: str, dies: bool, limit: float) -> tuple[str, float]:
+    """What rank 0 says when rank 1 is lost, and the seconds until it has gone."""
     with tempfile.TemporaryDirectory() as folder:
-        tell = context.SimpleQueue()
-        args = (folder, device, transport, dies, limit, tell)
-        workers = [context.Process(target=lose_a_rank, args=(rank, *args), daemon=True) for rank in range(2)]
-        for worker in workers:
-            worker.start()
+        workers, tell = two_processes(lose_a_rank, folder, device, transport, dies, limit)
         began = time.monotonic()
         workers[0].join(limit + 60)
         seconds, left = time.monotonic() - began, workers[0].exitcode
@@ -283,12 +290,7 @@ def begin_again(rank: int, folder: str, tell: Any) -> None:
 
 
 def test_a_later_process_group_of_the_same_name_has_agreed_on_nothing(tmp_path):
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
-    tell = context.SimpleQueue()
-    workers = [context.Process(target=begin_again, args=(rank, str(tmp_path), tell), daemon=True) for rank in range(2)]
-    for worker in workers:
-        worker.start()
+    workers, tell = two_processes(begin_again, str(tmp_path))
     said = [tell.get() for _ in workers]
     for worker in workers:
         worker.join()
