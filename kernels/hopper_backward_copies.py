@@ -50,8 +50,8 @@ def add_gradients(args, dk_desc, dv_desc, me: gl.constexpr, BM: gl.constexpr, BN
                   DETERMINISTIC: gl.constexpr):  # fmt: skip
     """Adds dq tile by tile, and in the end takes dk and dv from the shared memory of k and v.
 
-    In a fixed order two warps, `me` 0 and 1, do that for every other tile and for a consumer each: waiting for others
-    and telling others takes longer than the products of one tile.
+    In a fixed order two warps do that, `me` 0 for even tiles and the first consumer, 1 for odd ones and the second: to
+    wait for other blocks and to tell them takes longer than the products of a tile.
     """
     (dq_desc, dq_s, kv_s, dkv_full, dv_taken, batch, kv_head, kv_group, k0, first, n, TURNS, n_tiles,
      shared_from) = args  # fmt: skip
@@ -60,7 +60,7 @@ def add_gradients(args, dk_desc, dv_desc, me: gl.constexpr, BM: gl.constexpr, BN
         if WARPS == 1 or c == me:
             pass_by(DQ_EMPTY + c, 128 + 32)
     for c in gl.static_range(2):
-        if me == WARPS - 1 and n > 0:  # what a consumer gives first is of no tile: it would be the last one's before
+        if me == WARPS - 1 and n > 0:  # what a consumer gives first is of no tile: it counts as -1, an odd one
             meet(DQ_FULL + 2 + c, 128 + 32)
             pass_by(DQ_EMPTY + c, 128 + 32)
     mine = k0 // BN + 2  # turns go from the last tile of keys to the first, and are never 0, with which they begin
