@@ -381,8 +381,8 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, old_desc, LSE, LO, HI, ORDE
     bounds_s = gl.allocate_shared_memory(gl.int32, [SLOTS * NC * 2, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = barriers(HELD * NC, 1)
     q_empty = barriers(HELD * NC, 1)
-    old_full = barriers(NC, 1)
-    old_empty = barriers(NC, 1)
+    old_full = barriers(NC, 1) if MERGE else q_full  # of which no use is made
+    old_empty = barriers(NC, 1) if MERGE else q_empty
     k_full = barriers(STAGES, 1)
     v_full = barriers(STAGES, 1)
     tile_full = barriers(SLOTS, 1)

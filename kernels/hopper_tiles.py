@@ -32,7 +32,11 @@ def tile_range(LO, HI, start, SIZE: gl.constexpr, STEP: gl.constexpr, n_rows, n_
 
 @gluon.jit
 def barriers(N: gl.constexpr, ARRIVALS: gl.constexpr):
-    """N barriers of shared memory, each passed when ARRIVALS have arrived."""
+    """N barriers of shared memory, each passed when ARRIVALS have arrived. Make none that no warp is given.
+
+    The memory of such a one is taken for the arguments of the warps, which on an H100 (driver 580) read the barrier in
+    their place where the GPU went to another process at that moment.
+    """
     many = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
         mbarrier.init(many.index(i), count=ARRIVALS)

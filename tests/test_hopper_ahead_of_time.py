@@ -38,11 +38,12 @@ WAITS = {(triton, "backward_kernel", 128, 0.0, into): 2 for triton in ("3.8", "3
 
 
 class Report(NamedTuple):
-    """Of one kernel: bytes of shared memory and of spills a thread, SASS instructions by name, the PTX."""
+    """Of one kernel: bytes of shared memory and of spills a thread, SASS instructions by name, Triton's IR, the PTX."""
 
     shared: int
     stack: int
     sass: Counter[str]
+    ttgir: str
     ptx: str
 
 
@@ -86,7 +87,7 @@ def build(launch: Any) -> Report:
     stack = re.search(r"STACK:(\d+)", resources)
     assert stack, resources
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
-    return Report(compiled.metadata.shared, int(stack[1]), Counter(names), compiled.asm["ptx"])
+    return Report(compiled.metadata.shared, int(stack[1]), Counter(names), compiled.asm["ttgir"], compiled.asm["ptx"])
 
 
 def signature_of(value: Any) -> str:
@@ -112,6 +113,10 @@ def check(report: Report, spills: int, waits: int = 0) -> None:
     assert count(report.sass, "WARPGROUP.DEPBAR") == len(re.findall(r"wgmma\.wait_group", report.ptx)) + waits
     assert count(report.sass, "UTMALDG") > 0
     assert count(report.sass, "USETMAXREG") > 0
+    # The memory of any other barrier would be taken for the arguments of the warps: see `barriers`.
+    made = set(re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<\d+x1xi64", report.ttgir))
+    given = set(re.findall(r"%\w+", report.ttgir.split("ttg.warp_specialize(")[1].split(")")[0]))
+    assert made and made <= given, f"no warp is given {made - given}"
 
 
 CASES = [
