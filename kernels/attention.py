@@ -90,7 +90,7 @@ def attention_forward(
 def attention_delta(dout: Tensor, out: Tensor, dlse: Tensor | None = None) -> Tensor:
     """rowsum(dout * out) - dlse, (batch, heads, queries) in the accumulator's dtype: once a layer, not once a block."""
     if out.device.type == "cuda" and out.dtype != torch.float64 and _has_triton():
-        return importlib.import_module("ringspan.kernels.triton_delta").delta(dout, out, dlse)
+        return importlib.import_module("ringspan.kernels.triton_statistics").delta(dout, out, dlse)
     wide = accumulator(out.dtype)
     delta = (dout.to(wide) * out.to(wide)).sum(dim=-1).transpose(1, 2).contiguous()
     return delta if dlse is None else delta - dlse

@@ -16,11 +16,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import KernelInterface
 
 from ringspan.kernels.gluon_compat import SPARES_REGISTERS
-from ringspan.kernels.hopper_backward import backward_kernel, statistics_kernel
+from ringspan.kernels.hopper_backward import backward_kernel
 from ringspan.kernels.hopper_forward import forward_kernel
 from ringspan.kernels.launch import launch, processors
 from ringspan.kernels.plan import TILE, Plan, heads_in_cache, row_stride
 from ringspan.kernels.triton_split import is_short, split_forward
+from ringspan.kernels.triton_statistics import statistics
 
 _SWIZZLED = {bits: NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4) for bits in (16, 32)}
 
@@ -177,19 +178,9 @@ def _backward(
     _check_statistic(delta)
     # Fused scale: ds is rounded to 16 bits, and fp16 keeps more of it before the scale than after
     fold = q.dtype == torch.bfloat16
-    padded = triton.cdiv(queries, TILE) * TILE
-    assert 2 * batch * heads * padded < 2**31, f"{batch} x {heads} heads x {queries} queries: TMA counts in int32"
-    statistics = torch.empty(2, batch * heads, padded, device=q.device)
-    factor = scale if fold else 1.0
-    grid = (batch * heads, triton.cdiv(padded, 1024))
-    launch(
-        statistics_kernel,
-        grid,
-        (lse, delta, statistics, queries, padded, factor),
-        {"BLOCK": 1024},
-        q.get_device(),
-    )
-    flat = _Tiles(statistics, [statistics.numel()], [1], [block_m], NVMMASharedLayout(0, element_bitwidth=32, rank=1))
+    both = statistics(lse, delta, scale if fold else 1.0, pairs=False)
+    assert both.numel() < 2**31, f"{batch} x {heads} heads x {queries} queries: TMA counts in int32"
+    flat = _Tiles(both, [both.numel()], [1], [block_m], NVMMASharedLayout(0, element_bitwidth=32, rank=1))
     score_scale, bend = _coefficients(scale, softcap)
     key_tiles = triton.cdiv(keys, TILE)
     all_heads = batch * kv_heads
@@ -204,7 +195,7 @@ def _backward(
             _rows(q, block_m), _rows(dout, block_m), _rows(k, half), _rows(v, half),
             flat, _rows(dq, half, half), _rows(dk, half), _rows(dv, half),
             plan.query_lo, plan.query_hi, plan.key_order, turn, row_stride(plan.query_lo), row_stride(plan.key_order),
-            queries, keys, kv_heads, group, all_heads, section, padded, score_scale, bend, scale,
+            queries, keys, kv_heads, group, all_heads, section, both.shape[2], score_scale, bend, scale,
         ),
         {
             "BM": block_m, "BN": TILE, "D": dim,

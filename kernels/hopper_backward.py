@@ -13,8 +13,6 @@ until the other comes, and scores and dp of its next tile follow. So a turn is a
 the loop ends with nothing in flight: products that cross a loop's end are serialised by the compiler (warning C7514).
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -37,19 +35,6 @@ from ringspan.kernels.hopper_backward_copies import (
     load_tiles,
 )
 from ringspan.kernels.hopper_tiles import barriers, meet, pass_by, place_of, tile_range
-
-
-@triton.jit(do_not_specialize=["n_queries", "padded", "factor"])
-def statistics_kernel(LSE, DELTA, OUT, n_queries, padded, factor, BLOCK: tl.constexpr):
-    """OUT (2, heads, padded) = lse * log2(e), +inf where p must be 0 (no keys, no such row); and delta * factor."""
-    head = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real = row < n_queries
-    lse = tl.load(LSE + head * n_queries + row, mask=real, other=float("-inf"))
-    delta = tl.load(DELTA + head * n_queries + row, mask=real, other=0.0)
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    tl.store(OUT + head * padded + row, lse, mask=row < padded)
-    tl.store(OUT + (tl.num_programs(0) + head) * padded + row, delta * factor, mask=row < padded)
 
 
 @gluon.jit
@@ -284,7 +269,7 @@ def backward_kernel(q_desc, dout_desc, k_desc, v_desc, stats_desc, dq_desc, dk_d
     """One tile of BN keys of one kv head: dk and dv whole, and its share of the dq of all queries that see it.
 
     dq_desc is fp32 and added to; dk_desc and dv_desc are fp32 and added to, or if FRESH written, or of 16 bits and
-    written. stats_desc is what `statistics_kernel` made, flat. FOLD: ds carries the scale (free, but fp16 would lose
+    written. stats_desc is what `statistics` made, flat. FOLD: ds carries the scale (free, but fp16 would lose
     small values), and so does delta in the statistics. n_all_heads counts kv heads times batch; `section` of them are
     worked on at a time.
     DETERMINISTIC: tiles of keys add to a tile of dq from the last to the first, by TURN_OF_DQ (batch, heads, tiles of

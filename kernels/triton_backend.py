@@ -16,22 +16,25 @@ from ringspan.kernels.plan import TILE, Plan, heads_in_cache, row_stride
 from ringspan.kernels.triton_backward import dkdv_kernel, dq_kernel
 from ringspan.kernels.triton_forward import forward_kernel
 from ringspan.kernels.triton_split import is_short, split_forward
+from ringspan.kernels.triton_statistics import statistics
 from ringspan.kernels.triton_tiles import coefficients
 
 MAX_HEAD_DIM = 256
 
 
 class Config(NamedTuple):
-    """How a kernel is tiled: BLOCK_M queries against BLOCK_N keys."""
+    """How a kernel is tiled: BLOCK_M queries against BLOCK_N keys; KEEP_OFFSETS is what `tile_pointers` says."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    keep_offsets: bool = False
 
 
-# By (element bytes, padded head dim). Chosen from ahead-of-time reports: no spills at head dims up to 128, and shared
-# memory within an A100's 163 KiB. fp32 products are plain FMAs here, whose operands fill the registers.
+# By (element bytes, padded head dim). Chosen from ahead-of-time reports: up to 128 no spills in loops over tiles with
+# no mask; shared memory within an A100's 163 KiB, of 16 bits up to 128 within the 99 of an RTX. fp32 products are plain
+# FMAs here, whose operands fill the registers.
 FORWARD = {
     (2, 32): Config(128, 64, 4, 3),
     (2, 64): Config(128, 64, 4, 3),
@@ -55,20 +58,21 @@ DQ = {
 DKDV = {
     (2, 32): Config(64, 128, 8, 3),
     (2, 64): Config(64, 128, 8, 3),
-    (2, 128): Config(32, 128, 8, 2),
+    (2, 128): Config(64, 128, 8, 2),
     (2, 256): Config(32, 64, 8, 2),
     (4, 32): Config(32, 32, 8, 2),
     (4, 64): Config(16, 32, 8, 2),
     (4, 128): Config(16, 16, 8, 2),
     (4, 256): Config(16, 16, 8, 1),
 }
-# sm_90 and sm_100 multiply from shared memory, of which they have 227 KiB: larger tiles fit their registers. Of those
-# without spills, the fastest of 6 to 10 tried on an H100 at 16K tokens, causal; for dq at head dim 128 also in full,
-# packed and window masks, where four of six are within 3 %.
+# sm_90 and sm_100 multiply from shared memory, of which they have 227 KiB: larger tiles fit their registers. Of 6 to 10
+# tried, the fastest on an H100 at 16K tokens, causal; at head dim 128 also in full, packed and window masks, where dq
+# has four of six within 3 %, kept offsets make forward 3 to 11 % faster and dq 5 to 10 %; for dk and dv a third stage
+# makes a backward pass 3 to 11 % faster, and kept offsets 2 to 8 %. At head dim 64 those spill, and dq loses by them.
 LARGE = (9, 10)
-FORWARD_LARGE = FORWARD | {(2, 256): Config(128, 64, 8, 2)}
-DQ_LARGE = DQ | {(2, 64): Config(128, 64, 4, 3), (2, 128): Config(128, 64, 8, 3)}
-DKDV_LARGE = DKDV | {(2, 64): Config(64, 64, 4, 3), (2, 128): Config(64, 128, 8, 2)}
+FORWARD_LARGE = FORWARD | {(2, 128): Config(128, 64, 8, 3, True), (2, 256): Config(128, 64, 8, 2)}
+DQ_LARGE = DQ | {(2, 64): Config(128, 64, 4, 3), (2, 128): Config(128, 64, 8, 3, True)}
+DKDV_LARGE = DKDV | {(2, 64): Config(64, 64, 4, 3), (2, 128): Config(64, 128, 8, 3, True)}
 # A softcap keeps one more tile alive in the backward pass.
 DQ_SOFTCAP = {(2, 64): Config(128, 64, 8, 3), (2, 128): Config(128, 64, 8, 2)}
 DKDV_SOFTCAP = {(2, 128): Config(64, 64, 8, 2)}
@@ -149,7 +153,7 @@ def backward(
     )
     (batch, queries, heads, _), (keys, kv_heads) = q.shape, k.shape[1:3]
     group = heads // kv_heads
-    inputs = (dout, q, k, v, lse, delta)
+    inputs = (dout, q, k, v, statistics(lse, delta, 1.0, pairs=True))
     strides = tuple(stride for x in (dout, q, k, v) for stride in x.stride()[:3])
     factors = (*coefficients(scale, softcap), scale)
 
@@ -182,12 +186,15 @@ def _launch(
     launch(kernel, (programs,), arguments, constants, device, num_warps=config.warps, num_stages=config.stages)
 
 
-def _configure(table: dict[tuple[int, int], Config], q: Tensor) -> tuple[Config, dict[str, int]]:
+def _configure(table: dict[tuple[int, int], Config], q: Tensor) -> tuple[Config, dict[str, Any]]:
     head_dim = q.shape[3]
     assert 1 <= head_dim <= MAX_HEAD_DIM, f"head dim {head_dim}"
     block_d = max(32, triton.next_power_of_2(head_dim))
     config = table[q.element_size(), block_d]
-    return config, {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return config, {
+        "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "KEEP_OFFSETS": config.keep_offsets,
+    }  # fmt: skip
 
 
 def _capability(q: Tensor) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ringspan.kernels.triton_tiles import (
-    LOG2E,
+    TILE,
     dot,
     load_spans,
     load_tile,
@@ -22,18 +22,9 @@ _UNSPECIALIZED = ["queries", "keys", "pairs", "heads", "group", "chunk", "stride
 
 
 @triton.jit
-def _load_lse(lse, row, queries, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr):
-    """lse of query rows in base 2; +inf where a row has no key or does not exist, which makes its p 0."""
-    index = row + tl.arange(0, BLOCK_M)
-    inside = index < queries
-    values = tl.load(lse + index, mask=inside, other=float("inf")) if BOUNDED else tl.load(lse + index)
-    return tl.where(values == float("-inf"), float("inf"), values * LOG2E)
-
-
-@triton.jit
-def _load_delta(delta, row, queries, BLOCK_M: tl.constexpr, BOUNDED: tl.constexpr):
-    index = row + tl.arange(0, BLOCK_M)
-    return tl.load(delta + index, mask=index < queries, other=0.0) if BOUNDED else tl.load(delta + index)
+def _load_statistics(both, row, BLOCK_M: tl.constexpr):
+    """(lse in base 2, delta) of query rows, see `statistics`: as pairs, for a thread needs both of a few rows."""
+    return tl.load(both + row * 2 + tl.arange(0, 2 * BLOCK_M)).reshape(BLOCK_M, 2).split()
 
 
 @triton.jit
@@ -62,9 +53,10 @@ def _store(target, tile, row, limit, stride, ROWS: tl.constexpr, HEAD_DIM: tl.co
 def _add_keys(
     acc, q, dout, row_lse, row_delta, k, v, stride_ks, stride_vs, key, keys, lows, highs, inner, outer,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    KEEP_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """acc + ds @ k over one block of keys."""
-    k_tile = load_tile(k, stride_ks, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    k_tile = load_tile(k, stride_ks, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, KEEP_OFFSETS)
     scores = dot(q, tl.trans(k_tile), None)
     if SOFTCAP:
         scores = tanh(scores * inner, q.dtype == tl.float32)
@@ -74,7 +66,7 @@ def _add_keys(
         seen = (index[None, :] >= lows[:, None]) & (index[None, :] < highs[:, None])
         exponent = tl.where(seen, exponent, float("-inf"))
     p = tl.exp2(exponent)
-    v_tile = load_tile(v, stride_vs, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v_tile = load_tile(v, stride_vs, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, KEEP_OFFSETS)
     ds = p * (dot(dout, tl.trans(v_tile), None) - row_delta[:, None])
     if SOFTCAP:
         ds *= 1.0 - scores * scores
@@ -83,12 +75,12 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def dq_kernel(
-    dout, q, k, v, lse, delta, dq, lo, hi, order,
+    dout, q, k, v, statistics, dq, lo, hi, order,
     stride_db, stride_ds, stride_dh, stride_qb, stride_qs, stride_qh,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_span, stride_order, queries, keys, pairs, heads, group, chunk, inner, outer, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr,
+    KEEP_OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """dq (B, S, H, D) contiguous, added to if ACCUMULATE. Names as in `forward_kernel`; stride_d* are dout's."""
     row, batch, head = locate(order, stride_order, queries, pairs, heads, chunk, BLOCK_M)
@@ -104,25 +96,24 @@ def dq_kernel(
     dout += wide_batch * stride_db + wide_head * stride_dh
     k += wide_batch * stride_kb + wide_head // group * stride_kh
     v += wide_batch * stride_vb + wide_head // group * stride_vh
-    stats = (wide_batch * heads + head) * queries
+    statistics += (wide_batch * heads + head) * tl.cdiv(queries, TILE) * TILE * 2
 
     q_tile = load_tile(q, stride_qs, row, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     dout_tile = load_tile(dout, stride_ds, row, queries, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    row_lse = _load_lse(lse + stats, row, queries, BLOCK_M, True)
-    row_delta = _load_delta(delta + stats, row, queries, BLOCK_M, True)
+    row_lse, row_delta = _load_statistics(statistics, row, BLOCK_M)
     lows, highs = load_spans(lo, hi, row, queries, keys, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(0, blocks - full):
         key = begin + tl.where(i < left, i, i + full) * BLOCK_N
         acc = _add_keys(
             acc, q_tile, dout_tile, row_lse, row_delta, k, v, stride_ks, stride_vs, key, keys, lows, highs,
-            inner, outer, HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
+            inner, outer, HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, True, KEEP_OFFSETS,
         )  # fmt: skip
     for i in tl.range(0, full):
         key = begin + (left + i) * BLOCK_N
         acc = _add_keys(
             acc, q_tile, dout_tile, row_lse, row_delta, k, v, stride_ks, stride_vs, key, keys, lows, highs,
-            inner, outer, HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
+            inner, outer, HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, False, KEEP_OFFSETS,
         )  # fmt: skip
     dq += (wide_batch * queries * heads + head) * HEAD_DIM
     _store(dq, acc * scale, row, queries, heads * HEAD_DIM, BLOCK_M, HEAD_DIM, BLOCK_D, ACCUMULATE)
@@ -130,12 +121,13 @@ def dq_kernel(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, q, dout, lse, delta, stride_qs, stride_ds, row, queries, lows, highs, inner, outer,
+    dk, dv, k, v, q, dout, statistics, stride_qs, stride_ds, row, queries, lows, highs, inner, outer,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    KEEP_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """(dk + ds^T @ q, dv + p^T @ dout) over one block of queries; scores have keys as rows, so p^T needs no turning."""
-    q_tile = load_tile(q, stride_qs, row, queries, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-    row_lse = _load_lse(lse, row, queries, BLOCK_M, MASKED)
+    q_tile = load_tile(q, stride_qs, row, queries, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, KEEP_OFFSETS)
+    row_lse, row_delta = _load_statistics(statistics, row, BLOCK_M)
     scores = dot(k, tl.trans(q_tile), None)
     if SOFTCAP:
         scores = tanh(scores * inner, k.dtype == tl.float32)
@@ -145,10 +137,10 @@ def _add_queries(
         seen = (index[None, :] >= lows[:, None]) & (index[None, :] < highs[:, None])
         exponent = tl.where(seen, exponent, float("-inf"))
     p = tl.exp2(exponent)
-    dout_tile = load_tile(dout, stride_ds, row, queries, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+    dout_tile = load_tile(dout, stride_ds, row, queries, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, KEEP_OFFSETS)
     dv = dot(p.to(dout_tile.dtype), dout_tile, dv)
     dp = dot(v, tl.trans(dout_tile), None)
-    ds = p * (dp - _load_delta(delta, row, queries, BLOCK_M, MASKED)[None, :])
+    ds = p * (dp - row_delta[None, :])
     if SOFTCAP:
         ds *= 1.0 - scores * scores
     return dot(ds.to(q_tile.dtype), q_tile, dk), dv
@@ -156,12 +148,12 @@ def _add_queries(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def dkdv_kernel(
-    dout, q, k, v, lse, delta, dk, dv, query_lo, query_hi, order,
+    dout, q, k, v, statistics, dk, dv, query_lo, query_hi, order,
     stride_db, stride_ds, stride_dh, stride_qb, stride_qs, stride_qh,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_span, stride_order, queries, keys, pairs, heads, group, chunk, inner, outer, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, ADD_DK: tl.constexpr, ADD_DV: tl.constexpr,
+    KEEP_OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr, ADD_DK: tl.constexpr, ADD_DV: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (B, T, K, D) contiguous, added to if ADD_DK, ADD_DV; heads are kv heads here, of `group` query heads."""
     row, batch, head = locate(order, stride_order, keys, pairs, heads, chunk, BLOCK_N)
@@ -177,8 +169,8 @@ def dkdv_kernel(
     v += wide_batch * stride_vb + wide_head * stride_vh
     q += wide_batch * stride_qb + wide_head * group * stride_qh
     dout += wide_batch * stride_db + wide_head * group * stride_dh
-    lse += (wide_batch * heads + wide_head) * group * queries
-    delta += (wide_batch * heads + wide_head) * group * queries
+    padded = tl.cdiv(queries, TILE) * TILE
+    statistics += (wide_batch * heads + wide_head) * group * padded * 2
 
     k_tile = load_tile(k, stride_ks, row, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v_tile = load_tile(v, stride_vs, row, keys, BLOCK_N, HEAD_DIM, BLOCK_D, True)
@@ -192,17 +184,17 @@ def dkdv_kernel(
         j = i % masked
         dk_tile, dv_tile = _add_queries(
             dk_tile, dv_tile, k_tile, v_tile, q + member * stride_qh, dout + member * stride_dh,
-            lse + member * queries, delta + member * queries, stride_qs, stride_ds,
+            statistics + member * padded * 2, stride_qs, stride_ds,
             begin + tl.where(j < left, j, j + full) * BLOCK_M, queries, lows, highs, inner, outer,
-            HEAD_DIM, BLOCK_D, BLOCK_M, SOFTCAP, True,
+            HEAD_DIM, BLOCK_D, BLOCK_M, SOFTCAP, True, KEEP_OFFSETS,
         )  # fmt: skip
     for i in tl.range(0, group * full):
         member = (i // full).to(tl.int64)
         dk_tile, dv_tile = _add_queries(
             dk_tile, dv_tile, k_tile, v_tile, q + member * stride_qh, dout + member * stride_dh,
-            lse + member * queries, delta + member * queries, stride_qs, stride_ds,
+            statistics + member * padded * 2, stride_qs, stride_ds,
             begin + (left + i % full) * BLOCK_M, queries, lows, highs, inner, outer,
-            HEAD_DIM, BLOCK_D, BLOCK_M, SOFTCAP, False,
+            HEAD_DIM, BLOCK_D, BLOCK_M, SOFTCAP, False, KEEP_OFFSETS,
         )  # fmt: skip
     offset = (wide_batch * keys * heads + head) * HEAD_DIM
     _store(dk + offset, dk_tile * scale, row, keys, heads * HEAD_DIM, BLOCK_N, HEAD_DIM, BLOCK_D, ADD_DK)

@@ -27,9 +27,10 @@ FLOOR: tl.constexpr = tl.constexpr(-1.0e30)
 def attend(
     acc, top, total, q, k, v, stride_ks, stride_vs, key, keys, lows, highs, inner, outer,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    KEEP_OFFSETS: tl.constexpr = False,
 ):  # fmt: skip
     """One block of keys: rescale what is there, add the block's share."""
-    k_tile = load_tile(k, stride_ks, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    k_tile = load_tile(k, stride_ks, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, KEEP_OFFSETS)
     scores = dot(q, tl.trans(k_tile), None)
     if SOFTCAP:
         scores = tanh(scores * inner, q.dtype == tl.float32)
@@ -44,7 +45,7 @@ def attend(
         p = tl.exp2(scores * outer - new_top[:, None])
     rescale = tl.exp2(top - new_top)
     total = total * rescale + tl.sum(p, 1)
-    v_tile = load_tile(v, stride_vs, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+    v_tile = load_tile(v, stride_vs, key, keys, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, KEEP_OFFSETS)
     acc = dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
     return acc, new_top, total
 
@@ -68,7 +69,7 @@ def forward_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_span, stride_order, queries, keys, pairs, heads, group, chunk, inner, outer,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, MERGE: tl.constexpr, IN_PLACE: tl.constexpr,
+    KEEP_OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr, MERGE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """out (B, S, H, D) contiguous, lse (B, H, S); MERGE: with `before` and lse, where `before` is out if IN_PLACE.
 
@@ -97,13 +98,13 @@ def forward_kernel(
         key = begin + tl.where(i < left, i, i + full) * BLOCK_N
         acc, top, total = attend(
             acc, top, total, q_tile, k, v, stride_ks, stride_vs, key, keys, lows, highs, inner, outer,
-            HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, True,
+            HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, True, KEEP_OFFSETS,
         )  # fmt: skip
     for i in tl.range(0, full):
         key = begin + (left + i) * BLOCK_N
         acc, top, total = attend(
             acc, top, total, q_tile, k, v, stride_ks, stride_vs, key, keys, lows, highs, inner, outer,
-            HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, False,
+            HEAD_DIM, BLOCK_D, BLOCK_N, SOFTCAP, False, KEEP_OFFSETS,
         )  # fmt: skip
 
     index = row + tl.arange(0, BLOCK_M)

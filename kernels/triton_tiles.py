@@ -67,11 +67,15 @@ def load_spans(low, high, row, rows, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_pointers(base, stride, row, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def tile_pointers(base, stride, row, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, KEEP_OFFSETS: tl.constexpr = False):
     """Pointers to rows [row, row + ROWS) of a matrix with that row stride; 64-bit, as row * stride can pass 2^31.
 
-    A wide product for every row: base + row * stride + small offsets costs 70 registers more, which LLVM hoists.
+    A wide product for every row; or if KEEP_OFFSETS one for the tile, and offsets that the compiler keeps in registers
+    throughout a loop, up to 70 of them.
     """
+    if KEEP_OFFSETS:
+        base += tl.cast(row, tl.int64) * stride
+        return base + (tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
     rows = (row + tl.arange(0, ROWS)).to(tl.int64)
     return base + rows[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
@@ -84,10 +88,11 @@ def tile_mask(row, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def load_tile(
-    base, stride, row, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr
-):
+    base, stride, row, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
+    KEEP_OFFSETS: tl.constexpr = False,
+):  # fmt: skip
     """(ROWS, BLOCK_D) from `row` on; zeros beyond HEAD_DIM and, where BOUNDED, beyond `limit` rows."""
-    pointers = tile_pointers(base, stride, row, ROWS, BLOCK_D)
+    pointers = tile_pointers(base, stride, row, ROWS, BLOCK_D, KEEP_OFFSETS)
     if BOUNDED:
         return tl.load(pointers, mask=tile_mask(row, limit, ROWS, HEAD_DIM, BLOCK_D), other=0.0)
     elif HEAD_DIM == BLOCK_D:

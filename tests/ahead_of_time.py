@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ringspan.kernels import triton_backend
+from ringspan.kernels import triton_backend, triton_statistics
 from ringspan.kernels.plan import plan
 from ringspan.kernels.spans import Spans
 
@@ -53,6 +53,7 @@ def record(
     gradients = {name: x.float() if accumulate else None for name, x in (("dq", q), ("dk", k), ("dv", k.clone()))}
     with (
         mock.patch.object(triton_backend, "_launch") as launch,
+        mock.patch.object(triton_statistics, "launch"),
         mock.patch.object(triton_backend, "_capability", return_value=capability // 10),
     ):
         triton_backend.forward(

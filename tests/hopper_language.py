@@ -11,8 +11,10 @@ import builtins
 import functools
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from hopper_machine import Barrier, Barriers, Machine, Warps, machines, running_machine
@@ -21,6 +23,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction
+
+from ringspan.kernels import hopper_backend, triton_statistics
 
 
 class Product:
@@ -282,11 +286,19 @@ def names_of(module: str) -> dict[str, Any]:
     return names
 
 
+@contextmanager
+def simulated(seed: int) -> Iterator[None]:
+    """What the Hopper backend launches runs on this machine; ``seed`` draws what happens when."""
+    here = functools.partial(launch, seed=seed)
+    with mock.patch.object(hopper_backend, "launch", here), mock.patch.object(triton_statistics, "launch", here):
+        yield
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any], device: int,
     num_warps: int = 4, seed: int = 0, **options: Any,
 ) -> None:  # fmt: skip
-    """`kernels.launch.launch` on this machine; ``seed`` draws what happens when."""
+    """`kernels.launch.launch` on this machine."""
     function = names_of(kernel.fn.__module__)[kernel.fn.__name__]
     given = [_argument(x) for x in arguments]
     machine = Machine(seed)

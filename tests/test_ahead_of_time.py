@@ -19,7 +19,7 @@ from ringspan.kernels import triton_split
 from ringspan.kernels.plan import plan
 from ringspan.kernels.spans import Spans
 from ringspan.kernels.triton_backend import Config
-from ringspan.kernels.triton_delta import ROWS, delta_kernel
+from ringspan.kernels.triton_statistics import ROWS, delta_kernel
 
 # Shared memory that a block may ask for, bytes: A100, H100, B200.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -28,25 +28,28 @@ BF16, FP16 = torch.bfloat16, torch.float16
 # Triton before 3.9 assembles for Hopper and older by ptxas 12.8 or 12.9, 3.9 for Hopper by 13.4.
 SPILLS = {
     "3.6": {
-        (80, 32, FP16, 0.0, "dkdv_kernel"): 8,
         (80, 64, BF16, 30.0, "dkdv_kernel"): 16,
+        (80, 128, BF16, 0.0, "dkdv_kernel"): 56,
         (80, 192, BF16, 0.0, "forward_kernel"): 24,
-        (80, 192, BF16, 0.0, "dkdv_kernel"): 32,
-        (90, 64, BF16, 30.0, "dkdv_kernel"): 24,
-        (90, 128, BF16, 0.0, "dkdv_kernel"): 8,
-        (90, 256, BF16, 0.0, "dkdv_kernel"): 32,
-        (100, 128, BF16, 0.0, "dkdv_kernel"): 8,
+        (80, 192, BF16, 0.0, "dkdv_kernel"): 40,
+        (90, 128, BF16, 0.0, "dkdv_kernel"): 32,
+        (90, 256, BF16, 0.0, "dkdv_kernel"): 72,
     },
     "3.7": {
+        (80, 128, BF16, 0.0, "dkdv_kernel"): 48,
         (80, 192, BF16, 0.0, "forward_kernel"): 32,
         (80, 192, BF16, 0.0, "dkdv_kernel"): 32,
-        (90, 256, BF16, 0.0, "dkdv_kernel"): 40,
+        (90, 128, BF16, 0.0, "dkdv_kernel"): 8,
+        (90, 256, BF16, 0.0, "dkdv_kernel"): 56,
     },
     "3.9": {
+        (80, 128, BF16, 0.0, "dkdv_kernel"): 48,
         (80, 192, BF16, 0.0, "forward_kernel"): 32,
-        (80, 192, BF16, 0.0, "dkdv_kernel"): 32,
+        (80, 192, BF16, 0.0, "dkdv_kernel"): 24,
+        (90, 128, BF16, 0.0, "dkdv_kernel"): 112,
         (90, 256, BF16, 0.0, "forward_kernel"): 24,
-        (90, 256, BF16, 0.0, "dkdv_kernel"): 96,
+        (90, 256, BF16, 0.0, "dkdv_kernel"): 128,
+        (100, 64, BF16, 0.0, "dkdv_kernel"): 8,
     },
 }.get(".".join(triton.__version__.split(".")[:2]), {})
 KERNELS = ("forward_kernel", "dq_kernel", "dkdv_kernel")
@@ -55,6 +58,7 @@ KERNELS = ("forward_kernel", "dq_kernel", "dkdv_kernel")
 COMPILED = [
     (80, 32, torch.float16, 0.0, False),
     (80, 64, torch.bfloat16, 0.0, True),
+    (80, 128, torch.bfloat16, 0.0, False),
     (80, 128, torch.bfloat16, 30.0, True),
     (80, 192, torch.bfloat16, 0.0, False),
     (80, 64, torch.bfloat16, 30.0, True),

@@ -43,7 +43,7 @@ def machine() -> Iterator[Callable[[Case, int], dict[str, float]]]:
         return x.fill_(torch.nan) if x.is_floating_point() else x
 
     def on_machine(case: Case, seed: int = 0) -> dict[str, float]:
-        with mock.patch.object(hopper_backend, "launch", functools.partial(hopper_language.launch, seed=seed)):
+        with hopper_language.simulated(seed):
             return run(case, "cpu")
 
     with (
@@ -123,7 +123,7 @@ def dq_of(head_dim: int, mask: str, seed: int) -> torch.Tensor:
     q, k, v, dout = tensors(case, generator, "cpu")
     spans = plan(MASKS[mask](case, generator), case.keys)
     lse, delta, dq = torch.full((1, 2, 260), 9.0), torch.zeros(1, 2, 260), torch.zeros(q.shape)
-    with mock.patch.object(hopper_backend, "launch", functools.partial(hopper_language.launch, seed=seed)):
+    with hopper_language.simulated(seed):
         hopper_backend.backward(
             dout, q, k, v, lse, delta, spans, scale=0.1, softcap=0.0, dq=dq, dk=None, dv=None, deterministic=True
         )

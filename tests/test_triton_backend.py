@@ -18,7 +18,7 @@ import triton
 import triton_cases
 from triton_cases import Case
 
-from ringspan.kernels import triton_delta, triton_split
+from ringspan.kernels import triton_split, triton_statistics
 from ringspan.kernels.plan import plan
 from ringspan.kernels.spans import Spans
 
@@ -100,10 +100,10 @@ def test_many_short_rows_fit_a_grid():
     q, k = (torch.empty(1, n, 1, 16).expand(2**16, -1, -1, -1) for n in (1, 1024))
     mask, statistic = plan(Spans.causal(1, 1024), 1024), torch.empty(2**16, 1, 1)
     with (
-        mock.patch.object(triton_delta, "launch", lambda kernel, grid, *others: grids.append(grid)),
+        mock.patch.object(triton_statistics, "launch", lambda kernel, grid, *others: grids.append(grid)),
         mock.patch.object(triton_split, "launch", lambda kernel, grid, *others, **options: grids.append(grid)),
     ):
-        triton_delta.delta(q, q, None)
+        triton_statistics.delta(q, q, None)
         triton_split.split_forward(q, k, k, mask, q, statistic, None, scale=1.0, softcap=0.0)
     assert len(grids) == 3
     assert all(max(grid[1:], default=0) < 2**16 for grid in grids), grids

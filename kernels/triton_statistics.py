@@ -1,4 +1,7 @@
-"""delta = rowsum(dout * out) - dlse in one pass: in plain PyTorch its fp32 products would be two copies of out."""
+"""What a backward pass needs of each query row: delta, and lse as its kernels take it.
+
+delta = rowsum(dout * out) - dlse in one pass: in plain PyTorch its fp32 products would be two copies of out.
+"""
 
 import torch
 import triton
@@ -6,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ringspan.kernels.launch import launch
+from ringspan.kernels.plan import TILE
+from ringspan.kernels.triton_tiles import LOG2E
 
 ROWS = 64  # of a program: 16 KiB of each input at head dim 128
 
@@ -49,4 +54,34 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
         dout, out.contiguous(), result if dlse is None else dlse, result, *dout.stride()[:3], queries, heads,
     )  # fmt: skip
     launch(delta_kernel, (triton.cdiv(queries, ROWS) * batch * heads,), arguments, constants, out.get_device())
+    return result
+
+
+@triton.jit(do_not_specialize=["queries", "padded", "factor", "stride_head", "stride_row", "to_delta"])
+def statistics_kernel(lse, delta, out, queries, padded, factor, stride_head, stride_row, to_delta, BLOCK: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = row < queries
+    row_lse = tl.load(lse + head * queries + row, mask=real, other=float("-inf"))
+    row_delta = tl.load(delta + head * queries + row, mask=real, other=0.0)
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    out += head * stride_head + row * stride_row
+    tl.store(out, row_lse, mask=row < padded)
+    tl.store(out + to_delta, row_delta * factor, mask=row < padded)
+
+
+def statistics(lse: Tensor, delta: Tensor, factor: float, *, pairs: bool) -> Tensor:
+    """(B * H, S, 2) of lse and delta (B, H, S) if ``pairs``, else (2, B * H, S); S is filled up to whole tiles.
+
+    lse * log2(e), +inf where p must be 0 (a row has no key, or does not exist); and delta * ``factor``.
+    """
+    batch, heads, queries = lse.shape
+    padded, all_heads = triton.cdiv(queries, TILE) * TILE, batch * heads
+    shape, strides = ((all_heads, padded, 2), (2 * padded, 2, 1)) if pairs else (
+        (2, all_heads, padded), (padded, 1, all_heads * padded)
+    )  # fmt: skip
+    result = torch.empty(shape, device=lse.device)
+    arguments = (lse, delta, result, queries, padded, factor, *strides)
+    if result.numel() > 0:
+        launch(statistics_kernel, (all_heads, triton.cdiv(padded, 1024)), arguments, {"BLOCK": 1024}, lse.get_device())
     return result
