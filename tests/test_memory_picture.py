@@ -11,7 +11,7 @@ from ringspan.train import memory_picture
 from ringspan.train.memory_picture import BEFORE, COLUMNS, draw, history, owner_of
 from ringspan.train.metrics import GIB
 
-ROOT = Path(memory_picture.__file__).parents[1]
+ROOT = Path(memory_picture.__file__).resolve().parents[1]
 LOSS = [{"filename": "/x/site-packages/torch/nn.py"}, {"filename": f"{ROOT}/train/loss.py"}, {"filename": "/mine.py"}]
 ZERO = [{"filename": "/x/site-packages/deepspeed/zero.py"}, {"filename": "/mine.py"}]
 
@@ -61,9 +61,12 @@ def test_the_peak_is_seen_however_long_the_history():
     assert max(held.total() for held in found.held) == 12 * GIB
 
 
-def test_owners_are_the_innermost_files_of_ours_else_packages():
-    assert [owner_of(frames) for frames in (LOSS, ZERO, [], [{"filename": "??"}])] == [
-        "train/loss.py", "deepspeed", "torch", "torch",
+def test_owners_are_the_innermost_files_of_ours_else_packages(tmp_path):
+    linked = tmp_path / "linked"
+    linked.symlink_to(ROOT)
+    mine = [{"filename": f"{ROOT}/.venv/lib/site-packages/torch/nn.py"}, {"filename": f"{linked}/train/loss.py"}]
+    assert [owner_of(frames) for frames in (LOSS, ZERO, [], [{"filename": "??"}], mine)] == [
+        "train/loss.py", "deepspeed", "torch", "torch", "train/loss.py",
     ]  # fmt: skip
 
 

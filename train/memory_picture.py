@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ringspan.train.metrics import GIB
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 BEFORE = "there before"
 BANDS = 8  # of a picture, the last of them for all others
 COLUMNS = 540  # of a picture: of all that happens within one, the moment that holds most is drawn
@@ -80,6 +80,8 @@ def owner_of(frames: Sequence[dict[str, Any]]) -> str:
 def _place(filename: str) -> tuple[str | None, str | None]:
     """(the file if it is ours, its package): a step has millions of frames, of few files."""
     file = Path(filename)
-    if file.is_relative_to(ROOT):
-        return str(file.relative_to(ROOT)), None
+    whole = file.resolve() if file.is_absolute() else file
+    own = whole.is_relative_to(ROOT) and "site-packages" not in whole.relative_to(ROOT).parts  # as in ROOT/.venv
+    if own:
+        return str(whole.relative_to(ROOT)), None
     return None, file.parts[file.parts.index("site-packages") + 1] if "site-packages" in file.parts else None
