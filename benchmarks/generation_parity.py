@@ -37,7 +37,7 @@ BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_w
 WITHOUT_SDPA = ("gemma2", "gpt_oss")  # softcap, sinks
 TINY = {"hidden_size": 64, "num_attention_heads": 8, "head_dim": 16, "intermediate_size": 64, "vocab_size": 300}
 
-DRAWS = 5
+DRAWS = 20
 
 Result = tuple[Tensor, list[Tensor]]  # logits; the gradient of each parameter
 
