@@ -11,7 +11,8 @@ included. Contestants run in turn, in another order each of the `--rounds`, and 
 loss     vocabulary projection and cross-entropy: train/loss.py, Liger's, Apple's cut-cross-entropy without its filter
          of small gradients, DeepSpeed's tiled logits, and PyTorch with whole logits, compiled
 norm     RMSNorm; swiglu, rotary: as train/layer.py has them, compiled and not, beside Liger's. Ours are compiled
-         together with the products around them when they train; here each stands alone, with its inputs written out
+         together with the products around them when they train; here each stands alone, with its inputs written out.
+         Our swiglu's backward gives its result once more, which the product behind it needs and Liger's has kept
 """
 
 import argparse

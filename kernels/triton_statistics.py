@@ -59,6 +59,7 @@ def delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
 
 @triton.jit(do_not_specialize=["queries", "padded", "factor", "stride_head", "stride_row", "to_delta"])
 def statistics_kernel(lse, delta, out, queries, padded, factor, stride_head, stride_row, to_delta, BLOCK: tl.constexpr):
+    """See `statistics`. Strides of out are in elements; `to_delta`: from a row's lse to its delta."""
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = row < queries
@@ -77,9 +78,8 @@ def statistics(lse: Tensor, delta: Tensor, factor: float, *, pairs: bool) -> Ten
     """
     batch, heads, queries = lse.shape
     padded, all_heads = triton.cdiv(queries, TILE) * TILE, batch * heads
-    shape, strides = ((all_heads, padded, 2), (2 * padded, 2, 1)) if pairs else (
-        (2, all_heads, padded), (padded, 1, all_heads * padded)
-    )  # fmt: skip
+    shape = (all_heads, padded, 2) if pairs else (2, all_heads, padded)
+    strides = (2 * padded, 2, 1) if pairs else (padded, 1, all_heads * padded)
     result = torch.empty(shape, device=lse.device)
     arguments = (lse, delta, result, queries, padded, factor, *strides)
     if result.numel() > 0:
