@@ -32,8 +32,8 @@ class Config(NamedTuple):
     keep_offsets: bool = False
 
 
-# By (element bytes, padded head dim). Chosen from ahead-of-time reports: up to 128 no spills in loops over tiles with
-# no mask; shared memory within an A100's 163 KiB, of 16 bits up to 128 within the 99 of an RTX. fp32 products are plain
+# By (element bytes, padded head dim). Chosen from ahead-of-time reports: up to 128 next to no spills in the loops over
+# tiles; shared memory within an A100's 163 KiB, of 16 bits up to 128 within the 99 of an RTX. fp32 products are plain
 # FMAs here, whose operands fill the registers.
 FORWARD = {
     (2, 32): Config(128, 64, 4, 3),
