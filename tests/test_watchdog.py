@@ -1,6 +1,8 @@
 """A rank that hangs is named, by itself and by those that wait for it."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -110,3 +112,26 @@ def test_those_who_wait_name_the_rank_that_is_behind(hangs, expected, tmp_path, 
         (line,) = said
         assert f"rank {rank} has been in" in line
         assert expected in line
+
+
+HOLDS_PYTHON = """
+import ctypes, sys, time
+from pathlib import Path
+import torch.distributed as dist
+from ringspan.train import watchdog
+
+watchdog.GRACE_SECONDS = 1.0
+watch = watchdog.Watchdog(Path(sys.argv[1]), 2.0, dist.HashStore(), rank=0, world=1)
+watch.settle()
+watch.at("step 3: update")
+time.sleep(1.2)  # it has looked
+ctypes.PyDLL(None).sleep(100)
+"""
+
+
+def test_a_call_that_keeps_pythons_lock_ends_too(tmp_path):
+    command = [sys.executable, "-c", HOLDS_PYTHON, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 1
+    assert "Timeout (0:00:03)!" in found.stderr, found.stderr
+    assert '"<string>", line 12 in <module>' in found.stderr

@@ -20,6 +20,7 @@ from ringspan.train.files import why
 
 FIRST_STEP = 10  # times the limit: libraries load, kernels compile, and ranks do so at their own speed
 ANSWER_SECONDS = 10.0  # after which a rank that has not told where it is counts as stopped
+GRACE_SECONDS = 60.0  # more than is allowed, after which a process ends whose watchdog itself no longer gets anywhere
 SLOW = 10  # a phase may take this many times as long as the longest one yet
 
 
@@ -27,7 +28,9 @@ class Watchdog:
     """``at(what)`` says what this rank does next. ``limit`` is in seconds, 0 watches nothing.
 
     Where a phase takes longer, stacks and PyTorch's flight recorder are written into ``folder`` and the process ends
-    with exit code 1 (torchrun then starts the run again). ``store`` is where ranks find each other.
+    with exit code 1 (torchrun then starts the run again). ``store`` is where ranks find each other. Where a call into a
+    driver or a library never gives Python's lock back, no thread of Python can tell: then faulthandler's own thread
+    writes the stacks to stderr, and ends the process.
     """
 
     def __init__(
@@ -76,10 +79,14 @@ class Watchdog:
         return usual if self.settled and not self.slow else max(usual, FIRST_STEP * self.limit)
 
     def _watch(self) -> None:
-        while not self.closed.wait(min(1.0, self.limit / 4)):
-            if time.monotonic() - self.since > self.allowed():
-                self._tell()
-                return
+        try:
+            while not self.closed.wait(min(1.0, self.limit / 4)):
+                faulthandler.dump_traceback_later(self.allowed() + GRACE_SECONDS, file=2, exit=True)
+                if time.monotonic() - self.since > self.allowed():
+                    self._tell()
+                    return
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _tell(self) -> None:
         waited = time.monotonic() - self.since
